@@ -1,0 +1,136 @@
+"""A distillation recipe: every setting of one run, as YAML. Imports nothing heavy and touches no data.
+
+Called by: jobs/distill.py, cli/distill.py.
+"""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, ValidationInfo, field_validator
+
+from swiftkv.config import StrictModel, load_yaml, parse_settings
+from swiftkv.errors import ConfigError
+
+
+class CutSettings(StrictModel):
+    """Which layers a prompt token skips."""
+
+    num_key_value_layers: int | None = Field(None, ge=1)
+    """First layers that run for every token; None keeps half of them (the safe choice for Llama)."""
+    key_value_group_size: int = Field(1, ge=1)
+    """Neighbouring later layers that share one KV cache; 1 shares nothing."""
+
+
+class DataSettings(StrictModel):
+    """The text to distill on."""
+
+    train: list[Path] = Field(min_length=1)
+    """JSONL files. Relative paths start where the job starts."""
+    text_column: str = "text"
+    """Key of the text in each JSONL record."""
+    row_tokens: int = Field(512, ge=16)
+    """Tokens per row. Documents are packed into rows one after the other, with the end token between them."""
+
+
+class TrainingSettings(StrictModel):
+    """How the student's projections are trained."""
+
+    steps: int = Field(ge=1)
+    """Optimizer steps."""
+    rows_per_step: int = Field(8, ge=1)
+    """Rows per optimizer step over all workers."""
+    learning_rate: float = Field(2e-4, gt=0)
+    """Peak of the schedule: linear warm-up, then linear decay to zero. The default is the published recipes'."""
+    warmup_frac: float = Field(0.05, ge=0, le=1)
+    """Part of the steps spent warming up."""
+    max_gradient_norm: float = Field(1.0, gt=0)
+    """Gradients are scaled down to this norm."""
+    temperature: float = Field(2.0, gt=0)
+    """Softens both distributions in the logits loss."""
+    hidden_loss_weight: float = Field(1.0, ge=0)
+    """Weight of the mean squared error of the second-to-last layer's output; 0 leaves it out."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of matrix products (autocast); weights and optimizer state stay float32."""
+    seed: int = 0
+    """Of the order of rows."""
+    log_every_steps: int = Field(5, ge=1)
+    """Steps between two lines of progress."""
+
+
+class WorkerSettings(StrictModel):
+    """What the Ray cluster must give."""
+
+    num_workers: int = Field(2, ge=1)
+    """Ray Train workers; rows_per_step is divided over them."""
+    cpus_per_worker: float = Field(1, gt=0)
+    """CPU cores of each worker."""
+    use_gpu: bool = False
+    """One GPU per worker."""
+
+
+class Recipe(StrictModel):
+    """Everything that defines a run; saved beside its result."""
+
+    teacher: Path
+    """Hugging Face folder of the teacher."""
+    cut: CutSettings = CutSettings()
+    data: DataSettings
+    training: TrainingSettings
+    workers: WorkerSettings = WorkerSettings()
+
+    @field_validator("workers")
+    @classmethod
+    def _divide_rows(cls, workers: WorkerSettings, info: ValidationInfo) -> WorkerSettings:
+        training = info.data.get("training")
+        if training is not None and training.rows_per_step % workers.num_workers:
+            raise ValueError(
+                f"num_workers is {workers.num_workers}, which does not divide rows_per_step "
+                f"({training.rows_per_step}): change one of them"
+            )
+        return workers
+
+
+def load_recipe(path: Path, overrides: dict[str, str] | None = None) -> Recipe:
+    """The recipe at `path`, with values of dotted keys replaced, such as {"training.steps": "20"}.
+
+    Raises: ConfigError naming the wrong key or value and what is allowed.
+    """
+    if not overrides:
+        return load_yaml(path, Recipe)
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file. Give the path of a recipe (jobs/recipes/*.yaml).")
+    values: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+    for dotted, text in overrides.items():
+        _set_dotted(values, dotted, yaml.safe_load(text))
+    return parse_settings(values, Recipe, f"{path} with {', '.join(f'{k}={v}' for k, v in overrides.items())}")
+
+
+def save_recipe(recipe: Recipe, path: Path) -> None:
+    """Write the resolved recipe, which `load_recipe` reads back unchanged."""
+    path.write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+
+
+def parse_overrides(assignments: list[str]) -> dict[str, str]:
+    """`["training.steps=20"]` as a dict.
+
+    Raises: ConfigError for an assignment without `=`.
+    """
+    overrides = {}
+    for assignment in assignments:
+        key, equals, value = assignment.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"--set {assignment}: expected KEY=VALUE, such as training.steps=20.")
+        overrides[key] = value
+    return overrides
+
+
+def _set_dotted(values: Any, dotted: str, value: Any) -> None:
+    *parents, last = dotted.split(".")
+    for parent in parents:
+        if not isinstance(values, dict) or not isinstance(values.setdefault(parent, {}), dict):
+            raise ConfigError(f"--set {dotted}: {parent} is not a section of the recipe.")
+        values = values[parent]
+    if not isinstance(values, dict):
+        raise ConfigError(f"--set {dotted}: the recipe is not a mapping.")
+    values[last] = value

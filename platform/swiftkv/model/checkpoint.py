@@ -1,0 +1,160 @@
+"""Reads and writes model folders in Hugging Face form: safetensors only, nothing missing, nothing unknown.
+
+Does not convert (convert.py) and does not check a whole folder for publishing (registry/).
+Called by: model/convert.py, distill/loop.py, evaluate/compare.py.
+"""
+
+import json
+import logging
+import re
+import shutil
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from swiftkv.errors import CheckpointError
+from swiftkv.families import FAMILIES
+from swiftkv.hf_config import CONFIG_CLASSES
+from swiftkv.model.modeling import LlamaSwiftKVForCausalLM
+
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+SIDE_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+    "LICENSE",
+    "NOTICE",
+)
+"""Files beside the weights that a student takes over from its teacher."""
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The folder's config.json, after refusing folders that cannot be loaded safely.
+
+    Raises: CheckpointError if the folder or its config is missing, or the weights are not safetensors.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder. Give a Hugging Face model folder.")
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{folder}: no config.json in it. Give a Hugging Face model folder.")
+    if not any(folder.glob("*.safetensors")):
+        pickled = sorted(file.name for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+        found = f"only pickled weights ({', '.join(pickled)})" if pickled else "no weights"
+        raise CheckpointError(
+            f"{folder}: {found}; only safetensors are loaded, because unpickling runs code. "
+            "Save the model with safetensors (transformers: save_pretrained)."
+        )
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path}: not valid JSON ({error}). Restore the file.") from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path}: expected a JSON object. Restore the file.")
+    return config
+
+
+def load_student(folder: Path, dtype: torch.dtype = torch.float32) -> LlamaSwiftKVForCausalLM:
+    """A SwiftKV checkpoint, ours or Snowflake's, with or without the teacher's own later projections.
+
+    Raises: CheckpointError if it is not a SwiftKV checkpoint, or tensors are missing or unknown.
+    """
+    values = read_config(folder)
+    if values.get("model_type") not in FAMILIES:
+        raise CheckpointError(
+            f"{folder}: model_type is {values.get('model_type')!r}, which is not a SwiftKV checkpoint "
+            f"({', '.join(FAMILIES)}). Distill the model first."
+        )
+    config = CONFIG_CLASSES[values["model_type"]].from_pretrained(folder)
+    return load_into(LlamaSwiftKVForCausalLM, config, folder, dtype, may_miss=None)
+
+
+def save_student(model: LlamaSwiftKVForCausalLM, folder: Path, teacher_folder: Path | None = None) -> None:
+    """Write the checkpoint in the published format; tokenizer and the like are taken from the teacher's folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model.config.swiftkv = True
+    model.save_pretrained(folder)
+    _write_older_rope_keys(folder / "config.json")
+    for name in SIDE_FILES if teacher_folder else ():
+        if (teacher_folder / name).is_file():  # type: ignore[operator]
+            shutil.copyfile(teacher_folder / name, folder / name)  # type: ignore[operator]
+
+
+def load_into(
+    model_class: type[Model], config: PreTrainedConfig, folder: Path, dtype: torch.dtype, may_miss: str | None
+) -> Model:
+    """The weights of `folder` in a model of this class.
+
+    `may_miss`: tensors with this in their names may be absent (they are set afterwards).
+    Raises: CheckpointError naming what is missing, unknown or of another shape.
+    """
+    with _quiet_transformers():
+        model, info = model_class.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    missing = sorted(key for key in info["missing_keys"] if may_miss is None or may_miss not in key)
+    stripped = _drop_absent_teacher(model, missing)
+    problems = {
+        "missing": [key for key in missing if key not in stripped],
+        "not known": sorted(info["unexpected_keys"]),
+        "of another shape": sorted(str(key[0]) for key in info["mismatched_keys"]),
+    }
+    for what, keys in problems.items():
+        if keys:
+            shown = ", ".join(keys[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
+            raise CheckpointError(f"{folder}: tensors {what}: {shown}. The weights do not belong to config.json.")
+    return model
+
+
+def _write_older_rope_keys(path: Path) -> None:
+    """Transformers before 5, which Snowflake's tools use, reads `rope_theta` and `rope_scaling` instead."""
+    values = json.loads(path.read_text(encoding="utf-8"))
+    rope = dict(values["rope_parameters"])
+    values["rope_theta"] = rope.pop("rope_theta")
+    values["rope_scaling"] = None if rope.get("rope_type") == "default" else rope
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _drop_absent_teacher(model: PreTrainedModel, missing: list[str]) -> set[str]:
+    """Take away the later layers' teacher projections if the checkpoint was stored without any of them."""
+    if not isinstance(model, LlamaSwiftKVForCausalLM):
+        return set()
+    teacher_projection = re.compile(r"model\.layers\.(\d+)\.self_attn\.[qkv]_proj\.")
+    kept = model.model.spec.num_key_value_layers
+    expected = {
+        name
+        for name, _ in model.named_parameters()
+        if (match := teacher_projection.match(name)) and int(match[1]) >= kept
+    }
+    if not expected or not expected <= set(missing):
+        return set()
+    for layer in model.model.later_layers:
+        layer.self_attn.q_proj = layer.self_attn.k_proj = layer.self_attn.v_proj = None
+    return expected
+
+
+class _quiet_transformers:  # noqa: N801  used like a function
+    """Transformers prints a table of missing tensors, which `load_into` reports as an error instead."""
+
+    def __enter__(self) -> None:
+        self._logger = logging.getLogger("transformers")
+        self._level = self._logger.level
+        self._logger.setLevel(logging.ERROR)
+
+    def __exit__(self, *_: object) -> None:
+        self._logger.setLevel(self._level)

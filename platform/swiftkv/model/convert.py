@@ -1,0 +1,73 @@
+"""Turns a teacher into a student that has not been distilled yet, and says which parameters are trained.
+
+Does not train. Initialisation: queries copied; keys and values averaged over the layers of the group; the new
+norm copied from the first later layer's.
+Called by: distill/loop.py, tests.
+Source: fact sheet of SwiftKV, section 1.2.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from swiftkv.families import find_teacher_family
+from swiftkv.hf_config import CONFIG_CLASSES
+from swiftkv.model.checkpoint import load_into, read_config
+from swiftkv.model.modeling import LlamaSwiftKVForCausalLM
+from swiftkv.spec import SwiftKVSpec
+
+
+def convert_teacher(
+    folder: Path,
+    num_key_value_layers: int,
+    key_value_group_size: int = 1,
+    dtype: torch.dtype = torch.float32,
+) -> LlamaSwiftKVForCausalLM:
+    """The teacher in `folder` with untrained student projections beside its own.
+
+    Raises: CheckpointError if the folder is missing, not of a known family, or holds pickled weights;
+    ConfigError if the cut or the group size does not fit the teacher.
+    """
+    teacher_config = read_config(folder)
+    family = find_teacher_family(teacher_config.get("model_type"))
+    values = {key: value for key, value in teacher_config.items() if key not in ("architectures", "model_type")}
+    values |= {"num_key_value_layers": num_key_value_layers, "key_value_group_size": key_value_group_size}
+    SwiftKVSpec.from_hf_config(values)
+    config = CONFIG_CLASSES[family.model_type](**values)
+    config.architectures = [family.architecture]
+    model = load_into(LlamaSwiftKVForCausalLM, config, folder, dtype, may_miss="swiftkv")
+    initialise_student(model)
+    return model
+
+
+@torch.no_grad()
+def initialise_student(model: LlamaSwiftKVForCausalLM) -> None:
+    """Set the student's projections and norm from the teacher's."""
+    spec, layers = model.model.spec, model.model.layers
+    if not spec.num_later_layers:
+        return
+    model.model.norm_swiftkv.load_state_dict(layers[spec.num_key_value_layers].input_layernorm.state_dict())
+    for index in range(spec.num_key_value_layers, spec.shape.num_hidden_layers):
+        attention = layers[index].self_attn
+        attention.q_proj_swiftkv.load_state_dict(attention.q_proj.state_dict())
+    for leader in spec.leader_layers:
+        group = [layers[leader + i].self_attn for i in range(spec.key_value_group_size)]
+        _copy_mean(group[0].k_proj_swiftkv, [attention.k_proj for attention in group])
+        _copy_mean(group[0].v_proj_swiftkv, [attention.v_proj for attention in group])
+
+
+def freeze_teacher(model: nn.Module) -> list[nn.Parameter]:
+    """Let gradients reach only the student's projections and norm; returns these, in a fixed order."""
+    trained = []
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("swiftkv" in name)
+        if parameter.requires_grad:
+            trained.append(parameter)
+    return trained
+
+
+def _copy_mean(target: nn.Module, sources: list[nn.Module]) -> None:
+    for name, parameter in target.named_parameters():
+        stacked = torch.stack([source.get_parameter(name) for source in sources])
+        parameter.copy_(stacked.float().mean(0).to(parameter.dtype))

@@ -1,0 +1,250 @@
+"""Llama with SwiftKV in Hugging Face form: teacher and student in one set of weights.
+
+The first layers are the teacher's and run once for both. The later layers run in one of two ways: as the
+teacher's own (`run_teacher_half`) or as the student's (`run_student_half`), whose keys and values all come from
+the boundary hidden state and whose queries have projections of their own. Everything else is shared.
+Does not train (distill/), convert or store (convert.py, checkpoint.py).
+Called by: distill/step.py, evaluate/compare.py, and anyone through AutoModelForCausalLM.
+Source: SwiftKV (arXiv 2410.03960) section 3; tensor names as in Snowflake's published checkpoints.
+
+Shapes: B rows, T tokens, D hidden, N query heads, K KV heads, H head size, V vocabulary.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, Cache, DynamicCache, GenerationMixin
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaDecoderLayer,
+    LlamaPreTrainedModel,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
+
+from swiftkv.errors import CheckpointError
+from swiftkv.families import FAMILIES
+from swiftkv.hf_config import LlamaSwiftKVConfig, register_config_classes
+from swiftkv.spec import SwiftKVSpec
+
+
+@dataclass
+class Boundary:
+    """What the first half hands to the later half, the same for teacher and student."""
+
+    hidden_BTD: Tensor
+    """Residual stream entering layer `num_key_value_layers`."""
+    position_embeddings: tuple[Tensor, Tensor]
+    """Rotary cosines and sines of these positions, each [B or 1, T, H]."""
+    causal_mask: Tensor | None
+    """Mask in the form of the attention implementation in use; None means plain causal."""
+    past_key_values: Cache | None = None
+
+
+@dataclass
+class LaterStates:
+    """Hidden states out of the later half."""
+
+    last_BTD: Tensor
+    """After the final norm: what the LM head reads."""
+    penultimate_BTD: Tensor
+    """Residual stream after the second-to-last layer, which the hidden loss compares."""
+
+
+class SwiftKVAttention(LlamaAttention):
+    """A later layer's attention: the teacher's own projections and the student's beside them."""
+
+    def __init__(self, config: LlamaSwiftKVConfig, layer_idx: int, is_leader: bool) -> None:
+        super().__init__(config, layer_idx)
+        bias = FAMILIES[config.model_type].has_qkv_bias(config)
+        query_size = config.num_attention_heads * self.head_dim
+        key_value_size = config.num_key_value_heads * self.head_dim
+        self.q_proj_swiftkv = nn.Linear(config.hidden_size, query_size, bias=bias)
+        if is_leader:
+            self.k_proj_swiftkv = nn.Linear(config.hidden_size, key_value_size, bias=bias)
+            self.v_proj_swiftkv = nn.Linear(config.hidden_size, key_value_size, bias=bias)
+
+    def project_key_value(self, normed_BTD: Tensor, boundary: Boundary) -> tuple[Tensor, Tensor]:
+        """The group's keys (rotated) and values, past ones included. Shapes: [B, T, D] -> 2 x [B, K, T, H]."""
+        key = self._split_heads(self.k_proj_swiftkv(normed_BTD))
+        value = self._split_heads(self.v_proj_swiftkv(normed_BTD))
+        _, key = apply_rotary_pos_emb(key, key, *boundary.position_embeddings)
+        if boundary.past_key_values is not None:
+            key, value = boundary.past_key_values.update(key, value, self.layer_idx)
+        return key, value
+
+    def attend_shared(self, hidden_BTD: Tensor, key: Tensor, value: Tensor, boundary: Boundary) -> Tensor:
+        """Attention output of own queries over the group's keys and values. Shapes: [B, T, D] -> [B, T, D]."""
+        query = self._split_heads(self.q_proj_swiftkv(hidden_BTD))
+        query, _ = apply_rotary_pos_emb(query, query, *boundary.position_embeddings)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        attended, _ = attend(self, query, key, value, boundary.causal_mask, dropout=0.0, scaling=self.scaling)
+        output: Tensor = self.o_proj(attended.reshape(*hidden_BTD.shape[:-1], -1))
+        return output
+
+    def _split_heads(self, projected: Tensor) -> Tensor:
+        return projected.view(*projected.shape[:-1], -1, self.head_dim).transpose(1, 2)
+
+
+class SwiftKVDecoderLayer(LlamaDecoderLayer):
+    """A later layer; `forward` is the teacher's, `forward_shared` the student's."""
+
+    def __init__(self, config: LlamaSwiftKVConfig, layer_idx: int, is_leader: bool) -> None:
+        super().__init__(config, layer_idx)
+        self.self_attn = SwiftKVAttention(config, layer_idx, is_leader)
+
+    def forward_shared(self, hidden_BTD: Tensor, key: Tensor, value: Tensor, boundary: Boundary) -> Tensor:
+        """The layer with the group's keys and values. Shapes: [B, T, D] -> [B, T, D]."""
+        normed_BTD = self.input_layernorm(hidden_BTD)
+        hidden_BTD = hidden_BTD + self.self_attn.attend_shared(normed_BTD, key, value, boundary)
+        output: Tensor = hidden_BTD + self.mlp(self.post_attention_layernorm(hidden_BTD))
+        return output
+
+
+class LlamaSwiftKVModel(LlamaPreTrainedModel):
+    """The decoder without LM head, in two halves."""
+
+    config_class = LlamaSwiftKVConfig
+
+    def __init__(self, config: LlamaSwiftKVConfig) -> None:
+        super().__init__(config)
+        self.spec = SwiftKVSpec.from_hf_config(config.to_dict())
+        kept = self.spec.num_key_value_layers
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(
+            LlamaDecoderLayer(config, i)
+            if i < kept
+            else SwiftKVDecoderLayer(config, i, is_leader=i in self.spec.leader_layers)
+            for i in range(config.num_hidden_layers)
+        )
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm_swiftkv = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.post_init()
+
+    @property
+    def later_layers(self) -> nn.ModuleList:
+        """The layers that a prompt token skips when served."""
+        return self.layers[self.spec.num_key_value_layers :]
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether the teacher's own projections of the later layers are there; stripped checkpoints lack them."""
+        return all(layer.self_attn.q_proj is not None for layer in self.layers)
+
+    def compute_boundary(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> Boundary:
+        """Run embeddings and first layers. Shapes: input_ids [B, T] -> hidden [B, T, D]."""
+        hidden_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if position_ids is None:
+            past_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(past_tokens, past_tokens + hidden_BTD.shape[1], device=hidden_BTD.device)
+            position_ids = position_ids.unsqueeze(0)
+        causal_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=hidden_BTD,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        boundary = Boundary(
+            hidden_BTD, self.rotary_emb(hidden_BTD, position_ids=position_ids), causal_mask, past_key_values
+        )
+        for layer in self.layers[: self.spec.num_key_value_layers]:
+            boundary.hidden_BTD = self._run_teacher_layer(layer, boundary.hidden_BTD, boundary)
+        return boundary
+
+    def run_teacher_half(self, boundary: Boundary) -> LaterStates:
+        """The later layers as the teacher has them.
+
+        Raises: CheckpointError if the checkpoint was stored without the teacher's own projections.
+        """
+        if not self.has_teacher:
+            raise CheckpointError(
+                "This checkpoint has no teacher: its later layers lack q_proj, k_proj and v_proj. "
+                "Load a checkpoint that keeps them, or compare with the teacher's own folder."
+            )
+        hidden_BTD = penultimate_BTD = boundary.hidden_BTD
+        for layer in self.later_layers:
+            penultimate_BTD = hidden_BTD
+            hidden_BTD = self._run_teacher_layer(layer, hidden_BTD, boundary)
+        return LaterStates(self.norm(hidden_BTD), penultimate_BTD)
+
+    def run_student_half(self, boundary: Boundary) -> LaterStates:
+        """The later layers with keys and values from the boundary hidden state."""
+        normed_BTD = self.norm_swiftkv(boundary.hidden_BTD)
+        hidden_BTD = penultimate_BTD = boundary.hidden_BTD
+        key = value = normed_BTD  # replaced by the first layer, which leads its group
+        for index, layer in enumerate(self.later_layers, start=self.spec.num_key_value_layers):
+            penultimate_BTD = hidden_BTD
+            if index in self.spec.leader_layers:
+                key, value = layer.self_attn.project_key_value(normed_BTD, boundary)
+            hidden_BTD = layer.forward_shared(hidden_BTD, key, value, boundary)
+        return LaterStates(self.norm(hidden_BTD), penultimate_BTD)
+
+    def _run_teacher_layer(self, layer: nn.Module, hidden_BTD: Tensor, boundary: Boundary) -> Tensor:
+        output: Tensor = layer(
+            hidden_BTD,
+            attention_mask=boundary.causal_mask,
+            position_embeddings=boundary.position_embeddings,
+            past_key_values=boundary.past_key_values,
+        )
+        return output
+
+
+class LlamaSwiftKVForCausalLM(LlamaPreTrainedModel, GenerationMixin):
+    """The student as an ordinary Hugging Face causal LM; `forward(..., teacher=True)` is the teacher."""
+
+    config_class = LlamaSwiftKVConfig
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012  transformers' own form
+
+    def __init__(self, config: LlamaSwiftKVConfig) -> None:
+        super().__init__(config)
+        self.model = LlamaSwiftKVModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        teacher: bool = False,
+        **_: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits of the student, or of the teacher. Shapes: input_ids [B, T] -> logits [B, T, V].
+
+        `logits_to_keep`: only the last so many positions (0: all), or the positions of an index tensor.
+        """
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache()
+        boundary = self.model.compute_boundary(
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds
+        )
+        states = self.model.run_teacher_half(boundary) if teacher else self.model.run_student_half(boundary)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits_BTV = self.lm_head(states.last_BTD[:, kept])
+        return CausalLMOutputWithPast(logits=logits_BTV, past_key_values=past_key_values)
+
+
+def register_model_classes() -> None:
+    """Make AutoConfig and AutoModelForCausalLM load SwiftKV checkpoints. May be called again."""
+    register_config_classes()
+    AutoModelForCausalLM.register(LlamaSwiftKVConfig, LlamaSwiftKVForCausalLM, exist_ok=True)
