@@ -114,7 +114,7 @@ class SwiftKVSpec:
                 f"choose 1 to {layers} (about half of them is usual)."
             )
         if group < 1 or (layers - kept) % group:
-            fitting = [size for size in (1, 2, 4, 8, 16) if (layers - kept) % size == 0]
+            fitting = [size for size in range(1, layers - kept + 1) if (layers - kept) % size == 0] or [1]
             raise ConfigError(
                 f"key_value_group_size is {group}, which does not divide the {layers - kept} later layers "
                 f"({layers} layers - {kept} KV layers): choose one of {fitting}."
@@ -124,8 +124,12 @@ class SwiftKVSpec:
     def from_hf_config(cls, config: Mapping[str, Any]) -> "SwiftKVSpec":
         """The spec in a SwiftKV config.json; a config without `num_key_value_layers` is a teacher's."""
         shape = ModelShape.from_hf_config(config)
-        kept = int(config.get("num_key_value_layers") or shape.num_hidden_layers)
-        return cls(shape, kept, int(config.get("key_value_group_size") or 1))
+        kept, group = config.get("num_key_value_layers"), config.get("key_value_group_size")
+        return cls(
+            shape,
+            shape.num_hidden_layers if kept is None else int(kept),
+            1 if group is None else int(group),
+        )
 
     @property
     def teacher(self) -> "SwiftKVSpec":
@@ -190,9 +194,7 @@ class SwiftKVSpec:
         The teacher's own projections of the later layers, which some checkpoints keep, are not counted.
         """
         shape = self.shape
-        layers = shape.num_hidden_layers * (
-            2 * shape.query_parameters + shape.mlp_parameters + 2 * shape.hidden_size
-        )
+        layers = shape.num_hidden_layers * (2 * shape.query_parameters + shape.mlp_parameters + 2 * shape.hidden_size)
         key_values = self.num_kv_caches * shape.key_value_parameters
         vocab = shape.vocab_parameters * (1 if shape.tie_word_embeddings else 2)
         norms = shape.hidden_size * (2 if self.num_later_layers else 1)

@@ -51,5 +51,3 @@ def compute_learning_rate_factor(step: int, steps: int, warmup_frac: float) -> f
     """Part of the peak learning rate at `step` of `steps`: linear warm-up, then linear decay towards 0."""
     warmup_steps = max(1, round(steps * warmup_frac))
     return min((step + 1) / warmup_steps, (steps - step) / max(1, steps - warmup_steps + 1))
-
-

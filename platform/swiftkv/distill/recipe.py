@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, model_validator
 
 from swiftkv.config import StrictModel, load_yaml, parse_settings
 from swiftkv.errors import ConfigError
@@ -79,16 +79,15 @@ class Recipe(StrictModel):
     training: TrainingSettings
     workers: WorkerSettings = WorkerSettings()
 
-    @field_validator("workers")
-    @classmethod
-    def _divide_rows(cls, workers: WorkerSettings, info: ValidationInfo) -> WorkerSettings:
-        training = info.data.get("training")
-        if training is not None and training.rows_per_step % workers.num_workers:
+    @model_validator(mode="after")
+    def _divide_rows(self) -> "Recipe":
+        rows, workers = self.training.rows_per_step, self.workers.num_workers
+        if rows % workers:
             raise ValueError(
-                f"num_workers is {workers.num_workers}, which does not divide rows_per_step "
-                f"({training.rows_per_step}): change one of them"
+                f"workers.num_workers is {workers}, which does not divide training.rows_per_step ({rows}): "
+                "change one of them"
             )
-        return workers
+        return self
 
 
 def load_recipe(path: Path, overrides: dict[str, str] | None = None) -> Recipe:

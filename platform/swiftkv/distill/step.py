@@ -37,8 +37,6 @@ class DistillStep(nn.Module):
         student_BTV = self.model.lm_head(student.last_BTD)
 
         logits_kl = compute_logits_kl(student_BTV, teacher_BTV, mask_BT, self.temperature, num_positions)
-        hidden_loss = compute_hidden_loss(
-            student.penultimate_BTD, teacher.penultimate_BTD, mask_BT, num_positions
-        )
+        hidden_loss = compute_hidden_loss(student.penultimate_BTD, teacher.penultimate_BTD, mask_BT, num_positions)
         loss = logits_kl + self.hidden_loss_weight * hidden_loss
         return {"loss": loss, "logits_kl": logits_kl.detach(), "hidden_loss": hidden_loss.detach()}

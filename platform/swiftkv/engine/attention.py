@@ -63,9 +63,7 @@ class KVHolder(nn.Module):
         value_TKH = value.view(-1, self.attn.num_kv_heads, self.attn.head_size)
         if self.attn.use_direct_call:
             return unified_kv_cache_update(key_TKH, value_TKH, self.attn.layer_name)
-        return torch.ops.vllm.unified_kv_cache_update(
-            key_TKH, value_TKH, _encode_layer_name(self.attn.layer_name)
-        )
+        return torch.ops.vllm.unified_kv_cache_update(key_TKH, value_TKH, _encode_layer_name(self.attn.layer_name))
 
 
 class ReaderAttention(nn.Module):

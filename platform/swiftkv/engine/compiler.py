@@ -19,7 +19,9 @@ EAGER_REASON = (
 )
 
 _COMPILE_TIMEOUT_S = 60
-_PROBE_SOURCE = "#include <Python.h>\n#include <omp.h>\n#include <vector>\nint probe() { return omp_get_max_threads(); }\n"
+_PROBE_SOURCE = (
+    "#include <Python.h>\n#include <omp.h>\n#include <vector>\nint probe() { return omp_get_max_threads(); }\n"
+)
 
 
 def has_cxx_compiler() -> bool:

@@ -74,9 +74,7 @@ class FirstHalf(nn.Module):
 class LaterHalf(nn.Module):
     """The later layers and the final norm, on the rows it is given."""
 
-    def __init__(
-        self, *, vllm_config: VllmConfig, prefix: str = "", layers: nn.ModuleList, norm: nn.Module
-    ) -> None:
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", layers: nn.ModuleList, norm: nn.Module) -> None:
         super().__init__()
         self.layers, self.norm = layers, norm
 

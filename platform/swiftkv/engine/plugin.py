@@ -10,13 +10,11 @@ from vllm import ModelRegistry
 from vllm.config import VllmConfig
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 
+from swiftkv.engine.settings import SKIPPING_KEY
 from swiftkv.errors import ConfigError
 from swiftkv.families import FAMILIES
 from swiftkv.hf_config import register_config_classes
 from swiftkv.spec import SwiftKVSpec
-
-SKIPPING_KEY = "swiftkv_skipping"
-"""Key of vLLM's `additional_config` that switches skipping off when it is False; the default is on."""
 
 
 def register() -> None:

@@ -5,14 +5,16 @@ Called by: model/convert.py, distill/loop.py, evaluate/compare.py.
 """
 
 import json
-import logging
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from swiftkv.errors import CheckpointError
 from swiftkv.families import FAMILIES
@@ -63,6 +65,20 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def load_tokenizer(folder: Path) -> Any:
+    """The folder's own tokenizer.
+
+    Raises: CheckpointError if there is none that transformers can load without running code of the folder.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{folder}: no tokenizer that can be loaded ({str(error).splitlines()[0]}). "
+            "Put tokenizer.json and tokenizer_config.json beside the weights."
+        ) from None
+
+
 def load_student(folder: Path, dtype: torch.dtype = torch.float32) -> LlamaSwiftKVForCausalLM:
     """A SwiftKV checkpoint, ours or Snowflake's, with or without the teacher's own later projections.
 
@@ -82,7 +98,8 @@ def save_student(model: LlamaSwiftKVForCausalLM, folder: Path, teacher_folder: P
     """Write the checkpoint in the published format; tokenizer and the like are taken from the teacher's folder."""
     folder.mkdir(parents=True, exist_ok=True)
     model.config.swiftkv = True
-    model.save_pretrained(folder)
+    with _quiet_transformers():
+        model.save_pretrained(folder)
     _write_older_rope_keys(folder / "config.json")
     for name in SIDE_FILES if teacher_folder else ():
         if (teacher_folder / name).is_file():  # type: ignore[operator]
@@ -148,13 +165,14 @@ def _drop_absent_teacher(model: PreTrainedModel, missing: list[str]) -> set[str]
     return expected
 
 
-class _quiet_transformers:  # noqa: N801  used like a function
-    """Transformers prints a table of missing tensors, which `load_into` reports as an error instead."""
-
-    def __enter__(self) -> None:
-        self._logger = logging.getLogger("transformers")
-        self._level = self._logger.level
-        self._logger.setLevel(logging.ERROR)
-
-    def __exit__(self, *_: object) -> None:
-        self._logger.setLevel(self._level)
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Transformers prints bars and a table of missing tensors, which `load_into` reports as an error instead."""
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        transformers_logging.enable_progress_bar()

@@ -235,9 +235,7 @@ class LlamaSwiftKVForCausalLM(LlamaPreTrainedModel, GenerationMixin):
         """
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
-        boundary = self.model.compute_boundary(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds
-        )
+        boundary = self.model.compute_boundary(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
         states = self.model.run_teacher_half(boundary) if teacher else self.model.run_student_half(boundary)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits_BTV = self.lm_head(states.last_BTD[:, kept])

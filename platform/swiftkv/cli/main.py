@@ -1,0 +1,39 @@
+"""`swiftkv`: the command line. Each command is a file beside this one; heavy libraries load inside commands.
+
+Turns errors that a user can cause into one message and exit status 2. Called by: the `swiftkv` script.
+"""
+
+import sys
+
+import typer
+
+from swiftkv.cli.bench import bench_app
+from swiftkv.cli.cluster import down
+from swiftkv.cli.distill import distill
+from swiftkv.cli.evaluate import evaluate
+from swiftkv.cli.models import models_app, publish
+from swiftkv.cli.serve import serve
+from swiftkv.errors import SwiftKVError
+
+app = typer.Typer(
+    help="Distill an LLM into a SwiftKV model, publish it, serve it and measure it, on Ray.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+for command in (distill, evaluate, publish, serve, down):
+    app.command()(command)
+app.add_typer(models_app, name="models")
+app.add_typer(bench_app, name="bench")
+
+
+def main() -> None:
+    """Run the command line; exit status 2 for what the user can mend, 130 for Ctrl-C."""
+    try:
+        app()
+    except SwiftKVError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

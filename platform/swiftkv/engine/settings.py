@@ -1,0 +1,59 @@
+"""Settings of one vLLM engine, with vLLM's own meaning, and what they are in vLLM's arguments.
+
+Imports no vLLM: configs are checked before anything heavy is loaded.
+Called by: engine/llm.py, serving/.
+"""
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from swiftkv.config import StrictModel
+from swiftkv.engine.compiler import has_cxx_compiler
+
+SKIPPING_KEY = "swiftkv_skipping"
+"""Key of vLLM's `additional_config` that switches skipping off when it is False; the default is on."""
+
+
+class EngineSettings(StrictModel):
+    """One engine on one machine."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of weights and KV cache; auto takes the checkpoint's."""
+    max_model_len: int | None = Field(None, ge=1)
+    """Longest prompt plus answer in tokens; None takes the model's context."""
+    max_num_seqs: int = Field(32, ge=1)
+    """Sequences in one engine step."""
+    max_num_batched_tokens: int = Field(2048, ge=1)
+    """Tokens in one engine step; longer prompts are prefilled in chunks of this."""
+    enable_chunked_prefill: bool = True
+    """Whether a prompt may be cut over several steps; without it prompts must fit one step."""
+    enable_prefix_caching: bool = True
+    """Whether a prompt's first tokens take KV that an earlier request left."""
+    enforce_eager: bool | None = None
+    """True never compiles; None compiles where there is a C++ compiler."""
+    kv_cache_gib: float = Field(1.0, gt=0)
+    """Memory of the KV cache, in GiB."""
+    cpu_cores: str | None = None
+    """Cores that the engine binds to, such as "0" or "0-1"; None lets vLLM choose."""
+    skipping: bool = True
+    """Whether prompt tokens skip the later layers of a SwiftKV model; no effect on other models."""
+
+    def is_eager(self) -> bool:
+        """Whether the engine runs without compiling, on this machine."""
+        return not has_cxx_compiler() if self.enforce_eager is None else self.enforce_eager
+
+    def build_engine_arguments(self) -> dict[str, Any]:
+        """The settings as vLLM's engine arguments."""
+        names = ("dtype", "max_model_len", "max_num_seqs", "enable_chunked_prefill", "enable_prefix_caching")
+        arguments: dict[str, Any] = {name: getattr(self, name) for name in names}
+        arguments["max_num_batched_tokens"] = max(self.max_num_batched_tokens, self.max_num_seqs)
+        arguments["enforce_eager"] = self.is_eager()
+        arguments["kv_cache_memory_bytes"] = int(self.kv_cache_gib * 2**30)
+        if not self.skipping:
+            arguments["additional_config"] = {SKIPPING_KEY: False}
+        return arguments
+
+    def build_environment(self) -> dict[str, str]:
+        """The settings that vLLM's CPU build reads from the environment of the engine's process."""
+        return {} if self.cpu_cores is None else {"VLLM_CPU_OMP_THREADS_BIND": self.cpu_cores}

@@ -1,0 +1,84 @@
+"""JSONL text files into rows of packed tokens. Does not order, mask or score them.
+
+Called by: distill/loop.py (training rows), evaluate/compare.py (held-out rows).
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from swiftkv.errors import DataError
+
+Rows = npt.NDArray[np.int32]
+"""Packed tokens, [rows, tokens]."""
+
+_DOCUMENTS_PER_BATCH = 512
+
+
+def build_rows(tokenizer: Any, files: list[Path], text_column: str, row_tokens: int, max_rows: int) -> Rows:
+    """Documents tokenised and packed end to end, an end token after each; the last partial row is dropped.
+
+    Stops reading once there are `max_rows`.
+    Raises: DataError if a file is missing or malformed, or holds too little text for one row.
+    """
+    end_token = tokenizer.eos_token_id
+    if end_token is None:
+        raise DataError("The tokenizer has no end token, which separates documents. Set eos_token in its folder.")
+    tokens: list[int] = []
+    for batch in _batched(read_texts(files, text_column), _DOCUMENTS_PER_BATCH):
+        for ids in tokenizer(batch, add_special_tokens=False)["input_ids"]:
+            tokens.extend(ids)
+            tokens.append(end_token)
+        if len(tokens) >= max_rows * row_tokens:
+            break
+    num_rows = min(len(tokens) // row_tokens, max_rows)
+    if num_rows == 0:
+        raise DataError(
+            f"{', '.join(map(str, files))}: {len(tokens)} tokens, less than one row of {row_tokens}. "
+            "Give more text, or a smaller data.row_tokens."
+        )
+    return np.asarray(tokens[: num_rows * row_tokens], dtype=np.int32).reshape(num_rows, row_tokens)
+
+
+def read_texts(files: list[Path], text_column: str) -> Iterator[str]:
+    """The text of every JSONL record.
+
+    Raises: DataError naming file, line and the columns there are.
+    """
+    for file in files:
+        if not file.is_file():
+            raise DataError(f"{file}: no such file. Check data.train in the recipe.")
+        with file.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                yield _read_text(line, text_column, f"{file}:{number}")
+
+
+def _read_text(line: str, text_column: str, place: str) -> str:
+    try:
+        record = json.loads(line)
+        text = record[text_column]
+    except json.JSONDecodeError as error:
+        raise DataError(f"{place}: not valid JSON ({error}). Give one JSON object per line.") from None
+    except (KeyError, TypeError):
+        columns = ", ".join(record) if isinstance(record, dict) else f"none: it is a {type(record).__name__}"
+        raise DataError(
+            f"{place}: no column {text_column!r}; there are: {columns}. Set data.text_column in the recipe."
+        ) from None
+    if not isinstance(text, str):
+        raise DataError(f"{place}: column {text_column!r} holds a {type(text).__name__}; give text.")
+    return text
+
+
+def _batched(items: Iterable[str], size: int) -> Iterator[list[str]]:
+    batch: list[str] = []
+    for item in items:
+        batch.append(item)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch

@@ -1,0 +1,312 @@
+"""Tiny random checkpoints in the published format, and a byte tokenizer: what tests load instead of real models.
+
+Writes files directly with safetensors and json, not through the package, so that a mistake in the package's
+own saving cannot hide. Trains nothing.
+Called by: tests. Calls: torch, safetensors, tokenizers.
+"""
+
+import json
+import math
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+Tensors = dict[str, torch.Tensor]
+
+SPECIAL_TOKENS = ("<|begin|>", "<|end|>", "<|pad|>", "<|user|>", "<|assistant|>")
+BEGIN_ID, END_ID, PAD_ID = 256, 257, 258
+"""Ids below 256 are the byte itself."""
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+LLAMA3_ROPE_SCALING = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+"""Scaling whose three regimes (kept, blended, slowed) all occur with a head size of 32 and theta 10,000."""
+
+
+LOGIT_SPREAD = 1.5
+"""Standard deviation of a random model's logits."""
+
+
+@dataclass(frozen=True)
+class TinyShape:
+    """Sizes of a random Llama; the defaults run everywhere, and the head size is one vLLM's CPU kernels take."""
+
+    hidden_size: int = 64
+    intermediate_size: int = 128
+    num_hidden_layers: int = 6
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 2
+    head_dim: int = 32
+    vocab_size: int = 300
+    max_position_embeddings: int = 2048
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-5
+
+
+def write_teacher(
+    folder: Path | str,
+    shape: TinyShape = TinyShape(),
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    tied: bool = False,
+    attention_bias: bool = False,
+    rope_scaling: dict[str, Any] | None = None,
+    new_rope_keys: bool = False,
+    num_shards: int = 1,
+    config_changes: dict[str, Any] | None = None,
+) -> Path:
+    """A random Llama as an ordinary Hugging Face folder with a tokenizer; returns the folder.
+
+    `new_rope_keys` writes transformers 5's `rope_parameters` instead of `rope_theta` and `rope_scaling`.
+    `config_changes` overrides keys of config.json (None removes a key) without changing the tensors.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tensors = _build_teacher_tensors(shape, generator, tied, attention_bias)
+    config = _build_config(shape, dtype, tied, attention_bias, rope_scaling, new_rope_keys)
+    return _write_folder(Path(folder), config, tensors, dtype, num_shards, config_changes)
+
+
+def write_student(
+    folder: Path | str,
+    shape: TinyShape = TinyShape(),
+    num_key_value_layers: int = 3,
+    key_value_group_size: int = 1,
+    seed: int = 0,
+    keep_teacher_projections: bool = True,
+    tied: bool = False,
+    attention_bias: bool = False,
+    dtype: torch.dtype = torch.float32,
+    rope_scaling: dict[str, Any] | None = None,
+    new_rope_keys: bool = False,
+    num_shards: int = 1,
+    config_changes: dict[str, Any] | None = None,
+) -> Path:
+    """A random Llama SwiftKV checkpoint; returns the folder.
+
+    Its teacher tensors are those that `write_teacher` draws from the same shape and seed; its own projections
+    are drawn independently, so that student and teacher answer differently. Published checkpoints keep the
+    teacher's Q, K and V of later layers; `keep_teacher_projections=False` writes a stripped one.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tensors = _build_teacher_tensors(shape, generator, tied, attention_bias)
+    later = range(num_key_value_layers, shape.num_hidden_layers)
+    leaders = range(num_key_value_layers, shape.num_hidden_layers, key_value_group_size)
+    if not keep_teacher_projections:
+        tensors = {name: tensor for name, tensor in tensors.items() if not _is_replaced(name, later)}
+    for layer in later:
+        kinds = "qkv" if layer in leaders else "q"
+        tensors |= _draw_projections(shape, generator, layer, kinds, "_swiftkv", attention_bias)
+    tensors["model.norm_swiftkv.weight"] = _draw_norm(shape.hidden_size, generator)
+    config = _build_config(shape, dtype, tied, attention_bias, rope_scaling, new_rope_keys) | {
+        "architectures": ["LlamaSwiftKVForCausalLM"],
+        "model_type": "llama_swiftkv",
+        "swiftkv": True,
+        "num_key_value_layers": num_key_value_layers,
+        "key_value_group_size": key_value_group_size,
+    }
+    return _write_folder(Path(folder), config, tensors, dtype, num_shards, config_changes)
+
+
+def write_tokenizer(folder: Path | str, vocab_size: int = 300, max_length: int = 2048) -> Path:
+    """A tokenizer that turns any text into its bytes (id = byte), readable by AutoTokenizer.
+
+    Ids beyond the special tokens are never encoded but decode to `[id]`, so that whatever a random model
+    generates has a text.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    first_filler = 256 + len(SPECIAL_TOKENS)
+    assert vocab_size >= first_filler, f"the byte tokenizer needs a vocabulary of {first_filler} or more"
+    vocab = {character: byte for byte, character in _byte_characters().items()}
+    vocab |= {name: 256 + index for index, name in enumerate(SPECIAL_TOKENS)}
+    vocab |= {f"[{token}]": token for token in range(first_filler, vocab_size)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in SPECIAL_TOKENS])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<|begin|>",
+        "eos_token": "<|end|>",
+        "pad_token": "<|pad|>",
+        "model_max_length": max_length,
+        "clean_up_tokenization_spaces": False,
+        "chat_template": CHAT_TEMPLATE,
+    }
+    _write_json(folder / "tokenizer_config.json", settings)
+    return folder
+
+
+def random_prompt_ids(rng: random.Random, length: int, vocab_size: int = 300) -> list[int]:
+    """`length` random token ids, special tokens left out."""
+    specials = range(256, 256 + len(SPECIAL_TOKENS))
+    allowed = [token for token in range(vocab_size) if token not in specials]
+    return rng.choices(allowed, k=length)
+
+
+def _build_teacher_tensors(shape: TinyShape, generator: torch.Generator, tied: bool, attention_bias: bool) -> Tensors:
+    hidden = shape.hidden_size
+    # A tied table of this size would make the current token the likeliest next one, hence the smaller spread.
+    embeddings = _draw(shape.vocab_size, hidden, LOGIT_SPREAD if tied else math.sqrt(hidden), generator)
+    tensors = {"model.embed_tokens.weight": embeddings}
+    for layer in range(shape.num_hidden_layers):
+        prefix = f"model.layers.{layer}."
+        tensors |= _draw_projections(shape, generator, layer, "qkvo", "", attention_bias)
+        for name in ("gate", "up"):
+            tensors[f"{prefix}mlp.{name}_proj.weight"] = _draw(shape.intermediate_size, hidden, 1.2, generator)
+        tensors[f"{prefix}mlp.down_proj.weight"] = _draw(hidden, shape.intermediate_size, 1.2, generator)
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"{prefix}{name}.weight"] = _draw_norm(hidden, generator)
+    tensors["model.norm.weight"] = _draw_norm(hidden, generator)
+    # A zero row gives the end token a logit of 0, which is never the best of hundreds of random ones: a
+    # random model does not stop by itself, yet requests may name the token.
+    if tied:
+        embeddings[END_ID] = 0
+    else:
+        tensors["lm_head.weight"] = _draw(shape.vocab_size, hidden, LOGIT_SPREAD, generator)
+        tensors["lm_head.weight"][END_ID] = 0
+    return tensors
+
+
+def _draw_projections(
+    shape: TinyShape,
+    generator: torch.Generator,
+    layer: int,
+    kinds: str,
+    suffix: str,
+    attention_bias: bool,
+) -> Tensors:
+    """Attention projections of one layer.
+
+    The gains are a compromise: scores spread by about 2, so that attention is peaked and greedy text does not
+    collapse into one token, yet two correct fp32 implementations still agree within 1e-4 in the logits.
+    """
+    queries, keys = (heads * shape.head_dim for heads in (shape.num_attention_heads, shape.num_key_value_heads))
+    sizes = {
+        "q": (queries, shape.hidden_size, 1.4),
+        "k": (keys, shape.hidden_size, 1.4),
+        "v": (keys, shape.hidden_size, 1.2),
+        "o": (shape.hidden_size, queries, 1.2),
+    }
+    tensors = {}
+    for kind in kinds:
+        rows, columns, gain = sizes[kind]
+        name = f"model.layers.{layer}.self_attn.{kind}_proj{suffix}"
+        tensors[f"{name}.weight"] = _draw(rows, columns, gain, generator)
+        if attention_bias:
+            tensors[f"{name}.bias"] = 0.2 * torch.randn(rows, generator=generator)
+    return tensors
+
+
+def _draw(rows: int, columns: int, gain: float, generator: torch.Generator) -> torch.Tensor:
+    """A random matrix that multiplies the size of what it is applied to by `gain`."""
+    return torch.randn(rows, columns, generator=generator) * (gain / math.sqrt(columns))
+
+
+def _draw_norm(size: int, generator: torch.Generator) -> torch.Tensor:
+    return 1 + 0.2 * torch.randn(size, generator=generator)
+
+
+def _is_replaced(name: str, later: range) -> bool:
+    """Whether a student does not need this teacher tensor: Q, K or V of a later layer."""
+    parts = name.split(".")
+    return parts[-2] in ("q_proj", "k_proj", "v_proj") and int(parts[2]) in later
+
+
+def _build_config(
+    shape: TinyShape,
+    dtype: torch.dtype,
+    tied: bool,
+    attention_bias: bool,
+    rope_scaling: dict[str, Any] | None,
+    new_rope_keys: bool,
+) -> dict[str, Any]:
+    if new_rope_keys:
+        rope = {"rope_parameters": {"rope_type": "default", "rope_theta": shape.rope_theta, **(rope_scaling or {})}}
+    else:
+        rope = {"rope_theta": shape.rope_theta, "rope_scaling": rope_scaling}
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": shape.hidden_size,
+        "intermediate_size": shape.intermediate_size,
+        "num_hidden_layers": shape.num_hidden_layers,
+        "num_attention_heads": shape.num_attention_heads,
+        "num_key_value_heads": shape.num_key_value_heads,
+        "head_dim": shape.head_dim,
+        "vocab_size": shape.vocab_size,
+        "max_position_embeddings": shape.max_position_embeddings,
+        "rms_norm_eps": shape.rms_norm_eps,
+        "hidden_act": "silu",
+        "attention_bias": attention_bias,
+        "mlp_bias": False,
+        "tie_word_embeddings": tied,
+        "bos_token_id": BEGIN_ID,
+        "eos_token_id": END_ID,
+        "pad_token_id": PAD_ID,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        **rope,
+    }
+
+
+def _write_folder(
+    folder: Path,
+    config: dict[str, Any],
+    tensors: Tensors,
+    dtype: torch.dtype,
+    num_shards: int,
+    config_changes: dict[str, Any] | None,
+) -> Path:
+    write_tokenizer(folder, config["vocab_size"], config["max_position_embeddings"])
+    changed = config | (config_changes or {})
+    removed = {key for key, value in (config_changes or {}).items() if value is None}
+    _write_json(folder / "config.json", {key: changed[key] for key in changed if key not in removed})
+    ids = {"bos_token_id": BEGIN_ID, "eos_token_id": END_ID, "pad_token_id": PAD_ID}
+    _write_json(folder / "generation_config.json", ids | {"do_sample": False})
+    _write_tensors(folder, {name: tensor.to(dtype) for name, tensor in tensors.items()}, num_shards)
+    return folder
+
+
+def _write_tensors(folder: Path, tensors: Tensors, num_shards: int) -> None:
+    metadata = {"format": "pt"}
+    if num_shards == 1:
+        save_file(tensors, folder / "model.safetensors", metadata)
+        return
+    names = sorted(tensors)
+    weight_map = {}
+    for shard in range(num_shards):
+        file = f"model-{shard + 1:05d}-of-{num_shards:05d}.safetensors"
+        inside = names[shard::num_shards]
+        save_file({name: tensors[name] for name in inside}, folder / file, metadata)
+        weight_map |= dict.fromkeys(inside, file)
+    total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    _write_json(
+        folder / "model.safetensors.index.json",
+        {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))},
+    )
+
+
+def _byte_characters() -> dict[int, str]:
+    """The printable character that stands for each byte in a byte-level BPE vocabulary."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + index) for index, byte in enumerate(others)}
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
