@@ -151,7 +151,9 @@ def _list_sections(manifest: "Manifest", aliases: str) -> list[tuple[str, dict[s
         "digest": manifest.digest,
     }
     recipe = manifest.recipe
-    files = {entry.path: f"{_describe_bytes(entry.size_bytes)}, SHA-256 {entry.sha256}" for entry in manifest.files}
+    files = {
+        entry.path: f"{_describe_bytes(entry.size_bytes)}, SHA-256 {entry.sha256[:16]}…" for entry in manifest.files
+    }
     return [
         ("version", version),
         ("teacher", manifest.teacher or {}),

@@ -1,0 +1,198 @@
+"""The quickstart: one command from a teacher to a served, measured SwiftKV model on a laptop.
+
+    make quickstart                      # or: .venv/bin/python examples/quickstart/run.py
+    make quickstart TEACHER=<folder>     # another Hugging Face Llama folder instead of training one
+
+Every step is a command that a user would type, and is printed before it runs. Holds no product code.
+Calls: corpus.py, teacher.py, `swiftkv …`, report.py beside it.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from memory import MemoryWatch
+from report import write_report
+
+from swiftkv.cluster import choose_ports
+from swiftkv.config import home
+from swiftkv.errors import SwiftKVError
+
+HERE = Path(__file__).parent
+CHECKOUT = HERE.parents[1]
+RECIPE = "jobs/recipes/quickstart-half-laptop.yaml"
+NAME = "quickstart"
+SWIFTKV = [sys.executable, "-m", "swiftkv.cli"]
+
+PROMPT_TOKENS = 1500
+NEW_TOKENS = 33
+NUM_PROMPTS = 4
+NUM_PAIRS = 3
+
+
+def main() -> int:
+    """Exit status: 0 after `quickstart: ok`; that of the step that failed otherwise."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", type=Path, help="a Hugging Face Llama folder; default: one is trained here")
+    parser.add_argument("--report", type=Path, help="folder for the report; default: .swiftkv/quickstart/report")
+    arguments = parser.parse_args()
+    teacher = arguments.teacher.absolute() if arguments.teacher else None
+    os.chdir(CHECKOUT)
+    report = arguments.report or home() / "quickstart" / "report"
+    try:
+        run(teacher, report)
+    except subprocess.CalledProcessError as error:
+        print(f"\nquickstart: failed at: {shlex.join(map(str, error.cmd))}", file=sys.stderr)
+        return error.returncode or 1
+    except SwiftKVError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print("quickstart: ok")
+    return 0
+
+
+def run(teacher: Path | None, report: Path) -> None:
+    """All steps in order; what was started is stopped, whatever happens."""
+    if teacher is not None:
+        _check_teacher(teacher)
+    work = home() / "quickstart"
+    corpus, run_folder = work / "corpus", work / "run"
+    stages: dict[str, float] = {}
+    with MemoryWatch() as memory:
+        with _stage("corpus and tokenizer", stages):
+            _call([sys.executable, HERE / "corpus.py", "--output", corpus])
+        if teacher is None:
+            teacher = work / "teacher"
+            with _stage("teacher", stages):
+                _call([sys.executable, HERE / "teacher.py", "--corpus", corpus, "--output", teacher])
+        with _stage("distill", stages):
+            shutil.rmtree(run_folder, ignore_errors=True)
+            data = f"data.train=[{corpus / 'train.jsonl'}]"
+            settings = ["--set", f"teacher={teacher}", "--set", data]
+            _call([*SWIFTKV, "distill", RECIPE, "--output", run_folder, *settings])
+        final, provenance = run_folder / "final", run_folder / "provenance.json"
+        with _stage("evaluate", stages):
+            _call([*SWIFTKV, "evaluate", final, "--data", corpus / "heldout.jsonl", "--provenance", provenance])
+        with _stage("publish", stages):
+            _call([*SWIFTKV, "publish", final, "--name", NAME, "--alias", "production", "--provenance", provenance])
+        prompts = _load_prompts(corpus / "prompts.jsonl", final)
+        with _stage("serve and call", stages):
+            answers = _serve_and_call(prompts[0])
+        with _stage("measure", stages):
+            speed = _measure(teacher, prompts)
+    figures = {
+        "stages_s": {name: round(seconds, 1) for name, seconds in stages.items()},
+        "peak_memory_gib": round(memory.peak_bytes / 2**30, 2),
+        **json.loads(provenance.read_text(encoding="utf-8")),
+        "speed": speed,
+        "answers": answers,
+    }
+    write_report(figures, run_folder / "progress.jsonl", report)
+
+
+def _check_teacher(folder: Path) -> None:
+    """Refuse a teacher that cannot be distilled before anything long is started."""
+    from swiftkv.families import find_teacher_family
+    from swiftkv.model.checkpoint import load_tokenizer, read_config
+
+    find_teacher_family(read_config(folder).get("model_type"))
+    load_tokenizer(folder)
+
+
+def _load_prompts(path: Path, model: Path) -> list[dict[str, Any]]:
+    """Held-out prompts of about PROMPT_TOKENS tokens (less if the model's context is shorter), the end kept."""
+    from swiftkv.model.checkpoint import load_tokenizer, read_config
+
+    context = int(read_config(model)["max_position_embeddings"])
+    tokenizer = load_tokenizer(model)
+    length = min(PROMPT_TOKENS, context - NEW_TOKENS)
+    prompts = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        ids = tokenizer(record["prompt"], add_special_tokens=False)["input_ids"][-length:]
+        prompts.append({"ids": ids, "text": tokenizer.decode(ids), "expected": record["completion"]})
+    prompts.sort(key=lambda prompt: -len(prompt["ids"]))
+    return prompts[:NUM_PROMPTS]
+
+
+def _serve_and_call(prompt: dict[str, Any]) -> dict[str, str]:
+    """Serve the published version and call every route once with the official client."""
+    from openai import OpenAI
+
+    port = choose_ports(1)[0]
+    try:
+        _call([*SWIFTKV, "serve", f"{NAME}@production", "--port", port, "--detach"])
+        client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
+        models = [model.id for model in client.models.list()]
+        assert models == [NAME], f"/v1/models lists {models}"
+        settings: dict[str, Any] = {"model": NAME, "max_tokens": NEW_TOKENS, "temperature": 0}
+        completion = client.completions.create(prompt=prompt["text"], **settings)
+        streamed = client.completions.create(prompt=prompt["text"], stream=True, **settings)
+        text = "".join(chunk.choices[0].text for chunk in streamed if chunk.choices)
+        assert text == completion.choices[0].text, "the stream and the whole answer differ"
+        messages: Any = [{"role": "user", "content": "def read_lines(path):"}]
+        chat = client.chat.completions.create(messages=messages, **settings)
+        chunks = list(client.chat.completions.create(messages=messages, stream=True, **settings))
+        assert len(chunks) > 1, "the chat stream came in one piece"
+    finally:
+        _call([*SWIFTKV, "down"])
+    assert completion.usage is not None
+    print(f"prompt: {completion.usage.prompt_tokens} tokens, ending in\n{prompt['text'][-200:]}")
+    print(f"--- answer\n{text}\n--- the file went on\n{prompt['expected'][:200]}")
+    return {"completion": text, "chat": chat.choices[0].message.content or ""}
+
+
+def _measure(teacher: Path, prompts: list[dict[str, Any]]) -> dict[str, Any]:
+    """The same prompts through teacher and published student, in the same engine settings."""
+    from swiftkv.bench.engine import measure_pairs, summarise
+    from swiftkv.engine.settings import EngineSettings
+    from swiftkv.model.checkpoint import read_config
+    from swiftkv.registry.registry import Registry
+    from swiftkv.spec import SwiftKVSpec
+
+    student = Registry(home() / "registry").fetch(f"{NAME}@production").path
+    longest = max(len(prompt["ids"]) for prompt in prompts)
+    settings = EngineSettings(
+        dtype="bfloat16",
+        max_model_len=longest + NEW_TOKENS,
+        max_num_batched_tokens=2048,
+        max_num_seqs=8,
+        enable_prefix_caching=False,
+        kv_cache_gib=0.25,
+    )
+    ids = [prompt["ids"] for prompt in prompts]
+    result = measure_pairs(teacher, student, ids, NEW_TOKENS, NUM_PAIRS, settings, _say)
+    return summarise(result, SwiftKVSpec.from_hf_config(read_config(student)), longest, settings)
+
+
+@contextmanager
+def _stage(title: str, stages: dict[str, float]) -> Iterator[None]:
+    print(f"\n=== {title}", flush=True)
+    started = time.monotonic()
+    yield
+    stages[title] = time.monotonic() - started
+    print(f"=== {title}: {stages[title]:.0f} s", flush=True)
+
+
+def _call(command: list[Any]) -> None:
+    words = [str(word) for word in command]
+    shown = shlex.join(words).replace(shlex.join(SWIFTKV), "swiftkv").replace(sys.executable, "python")
+    print(f"$ {shown.replace(f'{CHECKOUT}/', '')}", flush=True)
+    subprocess.run(words, check=True)
+
+
+def _say(text: str) -> None:
+    print(f"  {text}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

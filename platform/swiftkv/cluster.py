@@ -1,0 +1,348 @@
+"""Starts, finds and stops one Ray cluster that belongs to this project alone, on this machine's loopback.
+
+Joins no other Ray cluster and stops none: `ray stop` and Ray's address discovery are never used, every port is
+the cluster's own, and so are its token and its folder. Knows nothing of what runs on the cluster.
+Called by: cli/cluster.py, cli/serve.py, cli (distill), jobs.py, serving/deploy.py.
+Calls: the `ray start` command.
+"""
+
+import fcntl
+import json
+import os
+import random
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import psutil
+
+from swiftkv.config import StrictModel, home
+from swiftkv.errors import ClusterError
+from swiftkv.serving import haproxy
+
+Result = TypeVar("Result")
+
+START_TIMEOUT_S = 90.0
+STOP_GRACE_S = 3.0
+
+# Every process of the cluster inherits this variable; its value is the cluster's folder.
+MARK = "SWIFTKV_CLUSTER_FOLDER"
+
+# Unix socket paths end at 107 bytes and Ray and HAProxy put up to 72 of their own below the folder.
+_MAX_TEMPORARY_FOLDER_BYTES = 22
+
+# Below the kernel's ephemeral range, so that no outgoing connection takes a port between its choice and its
+# use, and above the range that other Ray clusters give their workers.
+_PORTS = range(20000, 30000)
+
+# Ray reads this on Linux too: when off, it leaves loopback addresses as they are instead of replacing them by
+# the machine's own, and every server of the cluster binds to 127.0.0.1 (Ray 2.60).
+_LOOPBACK_ONLY = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+
+
+class Cluster(StrictModel):
+    """A running Ray cluster of ours."""
+
+    pid: int
+    """The head process, leader of a session of its own."""
+
+    address: str
+    """host:port for `ray.init`."""
+
+    dashboard_url: str
+    """http://host:port of the dashboard: jobs and Serve's REST API."""
+
+    folder: Path
+    """Logs, sockets, token; removed when the cluster stops."""
+
+    @property
+    def token_path(self) -> Path:
+        """The file, readable by its owner only, with the token that every client must send."""
+        return self.folder / "token"
+
+    def headers(self) -> dict[str, str]:
+        """What a request to the dashboard must carry."""
+        return {"Authorization": f"Bearer {self.token_path.read_text(encoding='utf-8')}"}
+
+    def environment(self) -> dict[str, str]:
+        """The whole environment for a subprocess that is to use this cluster and no other."""
+        return _environment_without_ray() | {
+            "RAY_ADDRESS": self.address,
+            "RAY_API_SERVER_ADDRESS": self.dashboard_url,
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(self.token_path),
+            **_LOOPBACK_ONLY,
+        }
+
+
+def start_cluster(num_cpus: int | None = None, object_store_bytes: int = 200_000_000) -> Cluster:
+    """A new cluster of one node with `num_cpus` logical CPUs (None: the cores this process may use).
+
+    It outlives this process; `stop_cluster` or `swiftkv down` ends it. Takes about 6 s on two cores.
+    Raises: ClusterError if one of ours is running already, or with the end of Ray's log if it did not start.
+    """
+    with _lock():
+        running = find_cluster()
+        if running:
+            raise ClusterError(
+                f"a cluster of {home()} is running already (process {running.pid}). "
+                "Use it, or stop it with `swiftkv down`."
+            )
+        folder = _make_folder()
+        ports = choose_ports(10 + haproxy.NUM_PORTS)
+        command = _start_command(num_cpus or len(os.sched_getaffinity(0)), object_store_bytes, folder, ports)
+        with (folder / "start.log").open("wb") as log:
+            head = subprocess.Popen(
+                command,
+                env=_head_environment(folder, ports),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C in the terminal must not reach it
+            )
+        cluster = Cluster(
+            pid=head.pid,
+            address=f"127.0.0.1:{ports[0]}",
+            dashboard_url=f"http://127.0.0.1:{ports[1]}",
+            folder=folder,
+        )
+        _write_record(cluster)
+        try:
+            _wait_until_started(cluster, head)
+        except BaseException:
+            stop_cluster(cluster)
+            raise
+    return cluster
+
+
+def find_cluster() -> Cluster | None:
+    """Our running cluster, or None. What a dead one left behind (processes, folder, record) is removed."""
+    try:
+        cluster = Cluster.model_validate_json(_record_path().read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        _record_path().unlink(missing_ok=True)
+        return None
+    # The mark, not the pid alone: after a restart of the machine the pid belongs to someone else.
+    if _mark_of(cluster.pid) == str(cluster.folder):
+        return cluster
+    stop_cluster(cluster)
+    return None
+
+
+def stop_cluster(cluster: Cluster) -> None:
+    """Ends every process of the cluster and removes its folder and record. Stopping it again does nothing.
+
+    Covers what runs on it too: job drivers, workers, Serve, HAProxy, vLLM's engine processes.
+    Raises: ClusterError naming the processes that could not be ended.
+    """
+    everything = find_processes(cluster)
+    shared_memory = _find_shared_memory(everything)
+    # From the outside in, so that parents are still there to reap their children.
+    ray_itself = {cluster.pid, *(child.pid for child in _children_of(cluster.pid))}
+    _terminate(process for process in everything if process.pid not in ray_itself)
+    _terminate(process for process in everything if process.pid == cluster.pid)  # takes Ray's servers along
+    deadline = time.monotonic() + STOP_GRACE_S
+    while (left := find_processes(cluster)) and time.monotonic() < deadline:
+        for process in left:
+            _quietly(process.kill)
+        psutil.wait_procs(left, timeout=0.5)
+    if left:
+        raise ClusterError(f"could not end processes {[p.pid for p in left]} of the cluster in {cluster.folder}.")
+    for segment in shared_memory:
+        segment.unlink(missing_ok=True)
+    shutil.rmtree(cluster.folder, ignore_errors=True)
+    _record_path().unlink(missing_ok=True)
+
+
+def find_processes(cluster: Cluster) -> list[psutil.Process]:
+    """Every living process of the cluster, whoever its parent is now; never this process or its ancestors.
+
+    Three signs, because each is missing somewhere: the inherited mark (some processes overwrite their
+    environment with their title), the head's session (job drivers have their own), and a parent with a sign.
+    """
+    leader_is_foreign = psutil.pid_exists(cluster.pid) and _mark_of(cluster.pid) != str(cluster.folder)
+    found: dict[int, psutil.Process] = {}
+    for process in psutil.process_iter():
+        in_session = not leader_is_foreign and _session_of(process.pid) == cluster.pid
+        if in_session or _mark_of(process.pid) == str(cluster.folder):
+            found[process.pid] = process
+            for child in _quietly(lambda process=process: process.children(recursive=True)) or []:
+                found[child.pid] = child
+    ourselves = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
+    return [
+        process
+        for pid, process in found.items()
+        if pid not in ourselves and _quietly(process.status) not in (None, psutil.STATUS_ZOMBIE)
+    ]
+
+
+def choose_ports(count: int) -> list[int]:
+    """`count` different ports of 127.0.0.1 that are free now.
+
+    Raises: ClusterError if there are not that many.
+    """
+    free: list[int] = []
+    for port in random.sample(_PORTS, len(_PORTS)):
+        if is_port_free(port):
+            free.append(port)
+        if len(free) == count:
+            return free
+    raise ClusterError(f"no {count} free ports on 127.0.0.1 between {_PORTS.start} and {_PORTS.stop - 1}.")
+
+
+def is_port_free(port: int) -> bool:
+    """Whether a server could bind to `port` of every address now (HAProxy binds two of its ports so)."""
+    with closing(socket.socket()) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return False
+        return True
+
+
+def _terminate(processes: Iterable[psutil.Process]) -> None:
+    asked = list(processes)
+    for process in asked:
+        _quietly(process.terminate)
+    psutil.wait_procs(asked, timeout=STOP_GRACE_S)
+
+
+def _find_shared_memory(processes: list[psutil.Process]) -> set[Path]:
+    # A killed engine leaves hundreds of MB there, and one that is asked to end takes longer than anyone waits.
+    maps = (_quietly(process.memory_maps) or [] for process in processes)
+    return {Path(area.path) for areas in maps for area in areas if area.path.startswith("/dev/shm/")}
+
+
+def _children_of(pid: int) -> list[psutil.Process]:
+    return _quietly(lambda: psutil.Process(pid).children()) or []
+
+
+def _start_command(num_cpus: int, object_store_bytes: int, folder: Path, ports: list[int]) -> list[str]:
+    port_options = (
+        "--port",
+        "--dashboard-port",
+        "--dashboard-agent-listen-port",
+        "--dashboard-agent-grpc-port",
+        "--metrics-export-port",
+        "--runtime-env-agent-port",
+        "--ray-client-server-port",
+        "--object-manager-port",
+        "--node-manager-port",
+    )
+    options = {option: str(port) for option, port in zip(port_options, ports, strict=False)} | {
+        "--node-ip-address": "127.0.0.1",
+        "--dashboard-host": "127.0.0.1",
+        "--include-dashboard": "true",
+        "--temp-dir": str(_ray_folder(folder)),
+        "--num-cpus": str(num_cpus),
+        "--object-store-memory": str(object_store_bytes),
+        # 0: any free port. Ray's fixed range would be shared with another cluster of the machine.
+        "--min-worker-port": "0",
+        "--max-worker-port": "0",
+    }
+    # --no-monitor: one node never scales.
+    flags = ["--head", "--block", "--no-monitor", "--disable-usage-stats"]
+    ray = [sys.executable, "-m", "ray.scripts.scripts", "start"]
+    return ray + flags + [word for option in options.items() for word in option]
+
+
+def _head_environment(folder: Path, ports: list[int]) -> dict[str, str]:
+    scratch = folder / "t"
+    scratch.mkdir()
+    return (
+        _environment_without_ray()
+        | {
+            MARK: str(folder),
+            "SWIFTKV_HOME": str(home()),  # absolute: a worker's folder is not ours
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "DASHBOARD_METRIC_PORT": str(ports[9]),
+            # Sockets and scratch files of whatever runs here go when the cluster goes.
+            "TMPDIR": str(scratch),
+            # Ray keeps as many idle workers as CPUs; one that has built an application holds 0.5 GB.
+            "RAY_num_workers_soft_limit": "0",
+            "PYTHONUNBUFFERED": "1",
+            **haproxy.prepare_haproxy(folder, ports[10:]),
+            **_LOOPBACK_ONLY,
+        }
+    )
+
+
+def _environment_without_ray() -> dict[str, str]:
+    # RAY_ADDRESS, RAY_AUTH_TOKEN and the like would lead to another cluster. VLLM_CPU_KVCACHE_SPACE would
+    # silently win over the KV cache size of our own settings.
+    dropped = {MARK, "VLLM_CPU_KVCACHE_SPACE"}
+    return {k: v for k, v in os.environ.items() if not k.startswith("RAY_") and k not in dropped}
+
+
+def _make_folder() -> Path:
+    base = tempfile.gettempdir()
+    if len(os.fsencode(base)) > _MAX_TEMPORARY_FOLDER_BYTES:
+        base = "/tmp"
+    folder = Path(tempfile.mkdtemp(prefix="swk-", dir=base))  # mode 700
+    token = folder / "token"
+    token.touch(mode=0o600)
+    token.write_text(secrets.token_hex(32), encoding="utf-8")
+    return folder
+
+
+def _ray_folder(folder: Path) -> Path:
+    return folder / "r"
+
+
+def _wait_until_started(cluster: Cluster, head: subprocess.Popen[bytes]) -> None:
+    # `ray start` writes this file last, when GCS, raylet and dashboard have answered.
+    address_file = _ray_folder(cluster.folder) / "ray_current_cluster"
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while not address_file.is_file():
+        if head.poll() is not None or time.monotonic() > deadline:
+            lines = (cluster.folder / "start.log").read_text(encoding="utf-8", errors="replace").splitlines()
+            reason = "ended" if head.poll() is not None else f"was not up after {START_TIMEOUT_S:.0f} s"
+            raise ClusterError(f"the Ray cluster {reason}. The end of its log:\n" + "\n".join(lines[-20:]))
+        time.sleep(0.1)
+
+
+def _record_path() -> Path:
+    return home() / "cluster.json"
+
+
+def _write_record(cluster: Cluster) -> None:
+    _record_path().write_text(json.dumps(cluster.model_dump(mode="json"), indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _lock() -> Iterator[None]:
+    home().mkdir(parents=True, exist_ok=True)
+    with (home() / "cluster.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _mark_of(pid: int) -> str | None:
+    environment = _quietly(lambda: psutil.Process(pid).environ())
+    return environment.get(MARK) if environment else None
+
+
+def _session_of(pid: int) -> int | None:
+    try:
+        return os.getsid(pid)
+    except OSError:
+        return None
+
+
+def _quietly(action: Callable[[], Result]) -> Result | None:
+    """The result of `action`, or None if its process is gone or belongs to another user."""
+    try:
+        return action()
+    except psutil.Error:
+        return None

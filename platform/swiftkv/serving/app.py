@@ -1,0 +1,95 @@
+"""Builds the Serve application of one pool: Ray Serve LLM's own server on vLLM, behind our ingress.
+
+Configures Ray Serve LLM; contains no engine, no routing and no HTTP code.
+Called by: Ray Serve, through the import path `swiftkv.serving.app:build_app` of a config file.
+Calls: serving/source.py, serving/ingress.py, ray.serve.llm.
+"""
+
+import os
+from typing import Any
+
+from ray import serve
+from ray.serve.llm import LLMConfig, build_llm_deployment
+
+from swiftkv.config import home
+from swiftkv.serving.config import PoolSettings
+from swiftkv.serving.ingress import build_ingress, build_model_card
+from swiftkv.serving.source import resolve_model
+
+# What the ingress holds at once: it only passes bytes on, so its bound is there to be one.
+INGRESS_MAX_ONGOING_REQUESTS = 1000
+
+
+def build_app(settings: PoolSettings) -> serve.Application:
+    """The application that answers OpenAI requests for one model.
+
+    Raises: what `resolve_model` raises.
+    """
+    config = build_llm_config(resolve_model(settings))
+    ingress = serve.deployment(
+        build_ingress(),
+        name="ingress",
+        num_replicas=1,
+        max_ongoing_requests=INGRESS_MAX_ONGOING_REQUESTS,
+        ray_actor_options={"num_cpus": 0},
+    )
+    return ingress.bind(
+        llm_deployments={config.model_id: build_llm_deployment(config)},
+        model_cards={config.model_id: build_model_card(config)},
+    )
+
+
+def build_llm_config(settings: PoolSettings) -> LLMConfig:
+    """Ray Serve LLM's configuration of a pool whose model is a local folder."""
+    return LLMConfig(
+        model_loading_config={"model_id": settings.model_id, "model_source": settings.model},
+        accelerator_config={"kind": "cpu"},
+        placement_group_config={"bundles": [{"CPU": settings.num_cpus}]},
+        engine_kwargs=build_engine_arguments(settings),
+        runtime_env={"env_vars": _build_environment(settings)},
+        deployment_config={
+            "num_replicas": settings.num_replicas,
+            "max_ongoing_requests": settings.max_ongoing_requests,
+            # An engine that does not start fails the same way again, half a minute later.
+            "max_constructor_retry_count": 1,
+            "ray_actor_options": {"num_cpus": 0},  # the bundle above is all that a replica takes
+        },
+        # Ray holds tokens back for 50 ms to send them together; that is latency, and hides inter-token times.
+        experimental_configs={"stream_batching_interval_ms": 0},
+    )
+
+
+def build_engine_arguments(settings: PoolSettings) -> dict[str, Any]:
+    """vLLM's engine arguments for the settings."""
+    eager = settings.enforce_eager
+    if eager is None:
+        from swiftkv.engine.compiler import has_cxx_compiler
+
+        eager = not has_cxx_compiler()
+    arguments = {
+        "dtype": settings.dtype,
+        "kv_cache_memory_bytes": round(settings.kv_cache_gib * 2**30),
+        "max_num_seqs": settings.max_num_seqs,
+        "max_num_batched_tokens": settings.max_num_batched_tokens,
+        "enforce_eager": eager,
+        "load_format": "safetensors",  # never a pickle
+        "trust_remote_code": False,
+    }
+    if settings.max_model_len is not None:
+        arguments["max_model_len"] = settings.max_model_len
+    return arguments
+
+
+def _build_environment(settings: PoolSettings) -> dict[str, str]:
+    cores = sorted(os.sched_getaffinity(0))
+    num_threads = settings.num_threads or max(1, len(cores) // settings.num_replicas)
+    # vLLM left alone keeps one core for itself: half of a two-core machine. Replicas that share a machine must
+    # not be bound to the same cores.
+    bound = ",".join(str(core) for core in cores[:num_threads])
+    return {
+        "VLLM_CPU_OMP_THREADS_BIND": bound if settings.num_replicas == 1 else "nobind",
+        "OMP_NUM_THREADS": str(num_threads),
+        "VLLM_CACHE_ROOT": str(home() / "cache" / "vllm"),
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",  # the model is a local folder; nothing may be looked for elsewhere
+    }

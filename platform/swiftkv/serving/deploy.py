@@ -1,0 +1,135 @@
+"""Puts one pool on our cluster through Serve's REST API and waits until it answers.
+
+Declarative: what is sent is what `serve deploy` would send, so a config file and this give the same application.
+Does not start a cluster, and leaves a failed deployment's cluster running for its owner to stop.
+Called by: cli/serve.py, cli (quickstart). Calls: Ray's Serve REST API, serving/source.py.
+"""
+
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from swiftkv.cluster import Cluster, is_port_free
+from swiftkv.errors import ClusterError, ConfigError, EngineError
+from swiftkv.serving.config import ServeSettings
+from swiftkv.serving.source import resolve_model
+
+APPLICATION = "pool"
+IMPORT_PATH = "swiftkv.serving.app:build_app"
+
+# A first start compiles the model; on two slow cores that has taken two minutes.
+START_TIMEOUT_S = 600.0
+_POLL_S = 0.5
+_NUM_ERROR_LINES = 12
+
+Progress = Callable[[str], None]
+
+
+def deploy(cluster: Cluster, settings: ServeSettings, on_progress: Progress = lambda _: None) -> ServeSettings:
+    """Serves the model and returns the settings with the model's folder and id, once requests are answered.
+
+    A pool that is already deployed is replaced. `on_progress` gets a short text whenever the state changes.
+    Raises: what `resolve_model` raises; ConfigError if the port is taken; ClusterError if the cluster does not
+    answer; EngineError with the replica's own error lines if the engine does not start.
+    """
+    on_progress("fetching the model")
+    settings = resolve_model(settings)
+    client = _connect(cluster)
+    _check_endpoint(client, settings)
+    on_progress("building the application")
+    client.deploy_applications(build_serve_config(settings))
+    _wait_until_running(client, cluster, on_progress)
+    return settings
+
+
+def undeploy(cluster: Cluster) -> None:
+    """Removes every pool from the cluster; the cluster stays."""
+    _connect(cluster).delete_applications()
+
+
+def build_serve_config(settings: ServeSettings) -> dict[str, Any]:
+    """The settings as a Serve config, the format of the files in deployments/serve."""
+    return {
+        "proxy_location": "HeadOnly",
+        "http_options": {"host": settings.host, "port": settings.port},
+        "applications": [
+            {
+                "name": APPLICATION,
+                "route_prefix": "/",
+                "import_path": IMPORT_PATH,
+                "args": settings.pool().model_dump(exclude_none=True),
+            }
+        ],
+    }
+
+
+def _connect(cluster: Cluster) -> Any:
+    from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
+
+    try:
+        return ServeSubmissionClient(cluster.dashboard_url, headers=cluster.headers())
+    except (ConnectionError, RuntimeError) as error:
+        raise ClusterError(f"the cluster at {cluster.dashboard_url} does not answer: {error}") from error
+
+
+def _check_endpoint(client: Any, settings: ServeSettings) -> None:
+    bound = client.get_serve_details().get("http_options") or {}
+    if bound.get("port"):
+        if (bound["host"], bound["port"]) != (settings.host, settings.port):
+            raise ConfigError(
+                f"this cluster already serves on {bound['host']}:{bound['port']} and cannot move to "
+                f"{settings.host}:{settings.port}. Use that port, or stop the cluster with `swiftkv down` first."
+            )
+    elif not is_port_free(settings.port):
+        raise ConfigError(f"port {settings.port} is taken by another program. Choose another with --port.")
+
+
+def _wait_until_running(client: Any, cluster: Cluster, on_progress: Progress) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    reported = ""
+    while time.monotonic() < deadline:
+        application = client.get_serve_details()["applications"].get(APPLICATION, {})
+        status = application.get("status", "NOT_STARTED")
+        if status == "RUNNING":
+            return
+        if status in ("DEPLOY_FAILED", "UNHEALTHY"):
+            raise EngineError(_describe_failure(application, cluster))
+        state = _describe_state(application)
+        if state != reported:
+            on_progress(state)
+            reported = state
+        time.sleep(_POLL_S)
+    raise EngineError(f"the engine was not up after {START_TIMEOUT_S:.0f} s. Logs: {cluster.folder}")
+
+
+def _describe_state(application: dict[str, Any]) -> str:
+    starting = [
+        name.removeprefix("LLMServer:")
+        for name, deployment in application.get("deployments", {}).items()
+        if deployment["status"] != "HEALTHY" and name != "ingress"
+    ]
+    return f"starting the engine of {', '.join(starting)}" if starting else "building the application"
+
+
+def _describe_failure(application: dict[str, Any], cluster: Cluster) -> str:
+    messages = [application.get("message", "")]
+    messages += [d.get("message", "") for d in application.get("deployments", {}).values()]
+    lines = _find_engine_errors(cluster.folder) or _shorten(messages)
+    return "\n".join(["the engine did not start:", *(f"  {line}" for line in lines[-_NUM_ERROR_LINES:])])
+
+
+def _find_engine_errors(folder: Path) -> list[str]:
+    """The lines of the workers' logs that state an exception: vLLM's engine process only writes there."""
+    pattern = re.compile(r"(?:^|\s)((?:[\w.]+\.)?\w*(?:Error|Exception): .+)")
+    found: dict[str, None] = {}  # in order, without repetition
+    for path in sorted(folder.glob("r/session_*/logs/worker-*.*")):
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            if match := pattern.search(line):
+                found.setdefault(match[1].strip())
+    return list(found)
+
+
+def _shorten(messages: list[str]) -> list[str]:
+    return [line for message in messages for line in message.splitlines() if line.strip()]

@@ -1,0 +1,112 @@
+"""`swiftkv publish` and `swiftkv models`, as typed."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from swiftkv.cli import models
+from swiftkv.errors import CheckpointError, ConfigError, IntegrityError
+from swiftkv.registry.registry import Registry
+
+
+@pytest.fixture
+def swiftkv(tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    app = typer.Typer()
+    app.command()(models.publish)
+    app.add_typer(models.models_app, name="models")
+
+    def run(*arguments: object) -> str:
+        result = CliRunner().invoke(app, [*map(str, arguments)], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        return result.stdout
+
+    return run
+
+
+def test_publish_says_what_exists_now(swiftkv, checkpoint, tmp_path):
+    last = swiftkv("publish", checkpoint, "--name", "tiny", "--alias", "production").splitlines()[-1]
+    assert last.startswith("published tiny@1 ") and "alias production" in last
+    assert Registry(tmp_path / "home" / "registry").resolve("tiny@production") == ("tiny", "1")
+
+
+def test_show_explains_origin_and_quality(swiftkv, checkpoint, tmp_path):
+    provenance = tmp_path / "provenance.json"
+    record = {
+        "teacher": {"name": "big-teacher"},
+        "recipe": {"optimizer": {"learning_rate": 1e-5}},
+        "training": {"final_loss": 0.123456789, "losses": list(range(100))},
+        "evaluation": {"perplexity": {"teacher": 3.0, "student": 3.25}, "note [bold]": "[red]as is[/red]"},
+    }
+    provenance.write_text(json.dumps(record))
+    store = tmp_path / "elsewhere"
+    swiftkv("publish", checkpoint, "--name", "tiny", "--provenance", provenance, "--alias", "best", "--store", store)
+    shown = swiftkv("models", "show", "tiny", "--store", store)
+    rows = {line.split()[0]: " ".join(line.split()[1:]) for line in shown.splitlines() if line.split()}
+    assert rows["name"] == "big-teacher"
+    assert rows["optimizer.learning_rate"] == "1e-05"
+    assert rows["final_loss"] == "0.12346"
+    assert rows["losses"] == "100 values, from 0 to 99"
+    assert rows["perplexity.student"] == "3.25"
+    assert rows["num_key_value_layers"] == "2"
+    assert rows["aliases"] == "best"
+    assert "note [bold]" in shown and "[red]as is[/red]" in shown
+    assert "model.safetensors" in shown
+
+
+def test_show_says_what_was_not_recorded(swiftkv, checkpoint):
+    swiftkv("publish", checkpoint, "--name", "tiny")
+    lines = [line.split() for line in swiftkv("models", "show", "tiny").splitlines()]
+    assert ["evaluation", "not", "recorded"] in lines
+
+
+def test_list_has_a_row_for_each_version(swiftkv, checkpoint):
+    assert "No models" in swiftkv("models", "list")
+    swiftkv("publish", checkpoint, "--name", "tiny")
+    swiftkv("publish", checkpoint, "--name", "other", "--version", "v7", "--alias", "best")
+    words = [line.split() for line in swiftkv("models", "list").splitlines()]
+    assert [row[0] for row in words if row and "@" in row[0]] == ["other@v7", "tiny@1"]
+    assert next(row for row in words if row and row[0] == "other@v7")[1] == "best"
+
+
+def test_verify_reports_and_refuses(swiftkv, checkpoint, tmp_path):
+    swiftkv("publish", checkpoint, "--name", "tiny")
+    assert "verified tiny@1" in swiftkv("models", "verify", "tiny")
+    weights = next((tmp_path / "home").rglob("model.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    with pytest.raises(IntegrityError, match=r"model\.safetensors"):
+        swiftkv("models", "verify", "tiny")
+
+
+def test_a_family_that_is_not_in_the_table_is_refused(swiftkv, make_checkpoint):
+    with pytest.raises(CheckpointError, match=r"Allowed: .*llama_swiftkv"):
+        swiftkv("publish", make_checkpoint(model_type="qwen9_swiftkv"), "--name", "tiny")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("p.json", "{", "not valid JSON"),
+        ("p.json", '{"teachers": {}}', "teachers: unknown key. Allowed here: evaluation, recipe, teacher, training"),
+        ("p.yaml", "teacher: 3", "teacher"),
+    ],
+)
+def test_bad_provenance_is_refused(swiftkv, checkpoint, tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        swiftkv("publish", checkpoint, "--name", "tiny", "--provenance", tmp_path / name)
+    with pytest.raises(ConfigError, match="no such file"):
+        swiftkv("publish", checkpoint, "--name", "tiny", "--provenance", tmp_path / "gone.json")
+
+
+def test_the_registry_needs_no_heavy_import():
+    code = (
+        "import sys, swiftkv.cli.models; assert 'obstore' not in sys.modules, 'cli'; "
+        "import swiftkv.registry.registry; "
+        "assert not {'torch', 'ray', 'vllm', 'transformers', 'numpy'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

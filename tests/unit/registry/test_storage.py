@@ -1,0 +1,54 @@
+"""What a store promises where others write to it at the same moment, and what it says when it refuses."""
+
+import pytest
+
+from swiftkv.errors import RegistryError
+from swiftkv.registry import storage as storage_module
+from swiftkv.registry.storage import Storage
+
+
+@pytest.mark.parametrize("there", [b"1", None])
+def test_swap_starts_again_when_another_writer_was_first(there):
+    storage = Storage("memory:///")
+    if there is not None:
+        storage.create("alias", there)
+    seen: list[bytes | None] = []
+
+    def change(content: bytes | None) -> bytes:
+        seen.append(content)
+        if len(seen) == 1:
+            storage.upload("alias", iter([b"2"]), 1)
+        return (content or b"") + b"x"
+
+    storage.swap("alias", change)
+    assert (seen, storage.read("alias")) == ([there, b"2"], b"2x")
+
+
+def test_swap_gives_up_with_an_error(monkeypatch):
+    monkeypatch.setattr(storage_module, "_SWAP_PAUSE_S", 0.0)
+    storage = Storage("memory:///")
+
+    def change(content: bytes | None) -> bytes:
+        storage.upload("alias", iter([b"other"]), 5)
+        return b"mine"
+
+    with pytest.raises(RegistryError, match=r"alias: other writers were first"):
+        storage.swap("alias", change)
+    assert storage.read("alias") == b"other"
+
+
+@pytest.mark.parametrize("location", ["folder", "memory:///"])
+def test_create_is_won_once_and_discard_takes_only_what_lies_below(location, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    storage = Storage(location)
+    assert [storage.create(path, b"1") for path in ("a/b", "a/b", "ab/c")] == [True, False, True]
+    storage.discard("a")
+    storage.discard("a")
+    assert storage.list_files("") == {"ab/c": 1}
+    assert not storage.exists("a/b") and storage.read("a/b") is None
+
+
+def test_store_that_cannot_be_written_says_so(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(RegistryError, match=r"file/below: cannot (create|open)"):
+        Storage(tmp_path / "file" / "below").create("a", b"1")
