@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -174,7 +175,7 @@ def find_processes(cluster: Cluster) -> list[psutil.Process]:
         in_session = not leader_is_foreign and _session_of(process.pid) == cluster.pid
         if in_session or _mark_of(process.pid) == str(cluster.folder):
             found[process.pid] = process
-            for child in _quietly(lambda process=process: process.children(recursive=True)) or []:
+            for child in _quietly(partial(process.children, recursive=True)) or []:
                 found[child.pid] = child
     ourselves = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
     return [

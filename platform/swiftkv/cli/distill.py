@@ -36,9 +36,13 @@ def distill(
 
         typer.echo(yaml.safe_dump(resolved.model_dump(mode="json"), sort_keys=False))
         return
+    from swiftkv.distill.inputs import check_inputs, check_run_folder
+
+    run_folder = (output or Path("runs") / recipe.stem).absolute()
+    check_inputs(resolved)
+    check_run_folder(run_folder)
     if not SCRIPT.is_file():
         raise ConfigError(f"{SCRIPT}: no such file here. Run swiftkv distill from the checkout's folder.")
-    run_folder = (output or Path("runs") / recipe.stem).absolute()
     arguments = [str(recipe.absolute()), "--output", str(run_folder)]
     for assignment in overrides:
         arguments += ["--set", assignment]

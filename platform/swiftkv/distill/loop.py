@@ -20,13 +20,13 @@ import ray.train.torch
 import torch
 
 from swiftkv.distill.data import choose_rows
+from swiftkv.distill.inputs import check_inputs, check_run_folder
 from swiftkv.distill.losses import compute_learning_rate_factor
 from swiftkv.distill.progress import Progress
 from swiftkv.distill.recipe import Recipe, save_recipe
 from swiftkv.distill.step import DistillStep
-from swiftkv.errors import ConfigError
 from swiftkv.metrics import record
-from swiftkv.model.checkpoint import load_tokenizer, read_config, save_student
+from swiftkv.model.checkpoint import load_tokenizer, save_student
 from swiftkv.model.convert import convert_teacher, freeze_teacher
 from swiftkv.model.modeling import LlamaSwiftKVForCausalLM
 from swiftkv.spec import SwiftKVSpec
@@ -42,9 +42,8 @@ def run_distillation(recipe: Recipe, run_folder: Path) -> Path:
     Raises: ConfigError if the folder holds a finished run; what the recipe's parts raise for bad input.
     """
     final = run_folder / "final"
-    if final.exists():
-        raise ConfigError(f"{final} exists: this run has ended already. Choose another --output.")
-    spec = resolve_cut(recipe)
+    check_run_folder(run_folder)
+    spec = check_inputs(recipe)
     run_folder.mkdir(parents=True, exist_ok=True)
     save_recipe(recipe, run_folder / "recipe.yaml")
     rows = _prepare_rows(recipe, run_folder / "rows.npy")
@@ -71,18 +70,6 @@ def run_distillation(recipe: Recipe, run_folder: Path) -> Path:
     return final
 
 
-def resolve_cut(recipe: Recipe) -> SwiftKVSpec:
-    """The cut that the recipe asks of its teacher.
-
-    Raises: CheckpointError or ConfigError if teacher or cut cannot work.
-    """
-    config = read_config(recipe.teacher)
-    num_layers = int(config.get("num_hidden_layers") or 0)
-    kept = recipe.cut.num_key_value_layers or -(-num_layers // 2)
-    cut = {"num_key_value_layers": kept, "key_value_group_size": recipe.cut.key_value_group_size}
-    return SwiftKVSpec.from_hf_config(config | cut)
-
-
 def train_worker(settings: dict[str, Any]) -> None:
     """What each Ray Train worker runs; the first one reports and saves."""
     recipe = Recipe.model_validate(settings["recipe"])
@@ -105,7 +92,7 @@ def train_worker(settings: dict[str, Any]) -> None:
 
 def build_student(recipe: Recipe) -> LlamaSwiftKVForCausalLM:
     """The recipe's teacher with an untrained student in it, frozen but for the student's projections."""
-    spec = resolve_cut(recipe)
+    spec = check_inputs(recipe)
     model = convert_teacher(recipe.teacher, spec.num_key_value_layers, spec.key_value_group_size)
     freeze_teacher(model)
     return model
@@ -124,7 +111,7 @@ def train(step: torch.nn.Module, rows: Rows, recipe: Recipe, rank: int, world_si
         chosen = choose_rows(done, settings.rows_per_step, len(rows), settings.seed)[rank::world_size]
         input_ids_BT = torch.from_numpy(rows[chosen].astype(np.int64)).to(trained[0].device)
         losses = _take_step(step, input_ids_BT, optimizer, trained, recipe)
-        progress = window.add(done + 1, losses, schedule.get_last_lr()[0])
+        progress = window.add(done + 1, losses, float(schedule.get_last_lr()[0]))
         schedule.step()
         if progress is not None:
             on_log(progress)

@@ -16,9 +16,9 @@ from swiftkv.errors import ConfigError
 class CutSettings(StrictModel):
     """Which layers a prompt token skips."""
 
-    num_key_value_layers: int | None = Field(None, ge=1)
+    num_key_value_layers: int | None = Field(default=None, ge=1)
     """First layers that run for every token; None keeps half of them (the safe choice for Llama)."""
-    key_value_group_size: int = Field(1, ge=1)
+    key_value_group_size: int = Field(default=1, ge=1)
     """Neighbouring later layers that share one KV cache; 1 shares nothing."""
 
 
@@ -29,7 +29,7 @@ class DataSettings(StrictModel):
     """JSONL files. Relative paths start where the job starts."""
     text_column: str = "text"
     """Key of the text in each JSONL record."""
-    row_tokens: int = Field(512, ge=16)
+    row_tokens: int = Field(default=512, ge=16)
     """Tokens per row. Documents are packed into rows one after the other, with the end token between them."""
 
 
@@ -38,32 +38,32 @@ class TrainingSettings(StrictModel):
 
     steps: int = Field(ge=1)
     """Optimizer steps."""
-    rows_per_step: int = Field(8, ge=1)
+    rows_per_step: int = Field(default=8, ge=1)
     """Rows per optimizer step over all workers."""
-    learning_rate: float = Field(2e-4, gt=0)
+    learning_rate: float = Field(default=2e-4, gt=0)
     """Peak of the schedule: linear warm-up, then linear decay to zero. The default is the published recipes'."""
-    warmup_frac: float = Field(0.05, ge=0, le=1)
+    warmup_frac: float = Field(default=0.05, ge=0, le=1)
     """Part of the steps spent warming up."""
-    max_gradient_norm: float = Field(1.0, gt=0)
+    max_gradient_norm: float = Field(default=1.0, gt=0)
     """Gradients are scaled down to this norm."""
-    temperature: float = Field(2.0, gt=0)
+    temperature: float = Field(default=2.0, gt=0)
     """Softens both distributions in the logits loss."""
-    hidden_loss_weight: float = Field(1.0, ge=0)
+    hidden_loss_weight: float = Field(default=1.0, ge=0)
     """Weight of the mean squared error of the second-to-last layer's output; 0 leaves it out."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of matrix products (autocast); weights and optimizer state stay float32."""
     seed: int = 0
     """Of the order of rows."""
-    log_every_steps: int = Field(5, ge=1)
+    log_every_steps: int = Field(default=5, ge=1)
     """Steps between two lines of progress."""
 
 
 class WorkerSettings(StrictModel):
     """What the Ray cluster must give."""
 
-    num_workers: int = Field(2, ge=1)
+    num_workers: int = Field(default=2, ge=1)
     """Ray Train workers; rows_per_step is divided over them."""
-    cpus_per_worker: float = Field(1, gt=0)
+    cpus_per_worker: float = Field(default=1, gt=0)
     """CPU cores of each worker."""
     use_gpu: bool = False
     """One GPU per worker."""

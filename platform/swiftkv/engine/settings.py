@@ -20,11 +20,11 @@ class EngineSettings(StrictModel):
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of weights and KV cache; auto takes the checkpoint's."""
-    max_model_len: int | None = Field(None, ge=1)
+    max_model_len: int | None = Field(default=None, ge=1)
     """Longest prompt plus answer in tokens; None takes the model's context."""
-    max_num_seqs: int = Field(32, ge=1)
+    max_num_seqs: int = Field(default=32, ge=1)
     """Sequences in one engine step."""
-    max_num_batched_tokens: int = Field(2048, ge=1)
+    max_num_batched_tokens: int = Field(default=2048, ge=1)
     """Tokens in one engine step; longer prompts are prefilled in chunks of this."""
     enable_chunked_prefill: bool = True
     """Whether a prompt may be cut over several steps; without it prompts must fit one step."""
@@ -32,7 +32,7 @@ class EngineSettings(StrictModel):
     """Whether a prompt's first tokens take KV that an earlier request left."""
     enforce_eager: bool | None = None
     """True never compiles; None compiles where there is a C++ compiler."""
-    kv_cache_gib: float = Field(1.0, gt=0)
+    kv_cache_gib: float = Field(default=1.0, gt=0)
     """Memory of the KV cache, in GiB."""
     cpu_cores: str | None = None
     """Cores that the engine binds to, such as "0" or "0-1"; None lets vLLM choose."""

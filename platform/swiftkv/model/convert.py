@@ -44,15 +44,14 @@ def convert_teacher(
 @torch.no_grad()
 def initialise_student(model: LlamaSwiftKVForCausalLM) -> None:
     """Set the student's projections and norm from the teacher's."""
-    spec, layers = model.model.spec, model.model.layers
-    if not spec.num_later_layers:
+    spec, layers = model.model.spec, model.model.later_layers
+    if not layers:
         return
-    model.model.norm_swiftkv.load_state_dict(layers[spec.num_key_value_layers].input_layernorm.state_dict())
-    for index in range(spec.num_key_value_layers, spec.shape.num_hidden_layers):
-        attention = layers[index].self_attn
-        attention.q_proj_swiftkv.load_state_dict(attention.q_proj.state_dict())
-    for leader in spec.leader_layers:
-        group = [layers[leader + i].self_attn for i in range(spec.key_value_group_size)]
+    model.model.norm_swiftkv.load_state_dict(layers[0].input_layernorm.state_dict())
+    for layer in layers:
+        layer.self_attn.q_proj_swiftkv.load_state_dict(layer.self_attn.q_proj.state_dict())
+    for first in range(0, len(layers), spec.key_value_group_size):
+        group = [layer.self_attn for layer in layers[first : first + spec.key_value_group_size]]
         _copy_mean(group[0].k_proj_swiftkv, [attention.k_proj for attention in group])
         _copy_mean(group[0].v_proj_swiftkv, [attention.v_proj for attention in group])
 

@@ -11,7 +11,7 @@ Shapes: B rows, T tokens, D hidden, N query heads, K KV heads, H head size, V vo
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -130,14 +130,14 @@ class LlamaSwiftKVModel(LlamaPreTrainedModel):
         self.post_init()
 
     @property
-    def later_layers(self) -> nn.ModuleList:
+    def later_layers(self) -> list[SwiftKVDecoderLayer]:
         """The layers that a prompt token skips when served."""
-        return self.layers[self.spec.num_key_value_layers :]
+        return cast("list[SwiftKVDecoderLayer]", list(self.layers[self.spec.num_key_value_layers :]))
 
     @property
     def has_teacher(self) -> bool:
         """Whether the teacher's own projections of the later layers are there; stripped checkpoints lack them."""
-        return all(layer.self_attn.q_proj is not None for layer in self.layers)
+        return all(layer.self_attn.q_proj is not None for layer in self.later_layers)
 
     def compute_boundary(
         self,

@@ -8,6 +8,7 @@ Called by: cli/serve.py, cli (quickstart). Calls: Ray's Serve REST API, serving/
 import re
 import time
 from collections.abc import Callable
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,10 @@ IMPORT_PATH = "swiftkv.serving.app:build_app"
 START_TIMEOUT_S = 600.0
 _POLL_S = 0.5
 _NUM_ERROR_LINES = 12
+
+_LOG_PREFIX = re.compile(r"^(\([^)]*pid=\d+\) )?((INFO|WARNING|ERROR) [\d-]+ [\d:]+ \[[^\]]*\] )?")
+_EXCEPTION = re.compile(r"(?:^|\s)((?:[a-zA-Z_][\w.]*\.)?\w*(?:Error|Exception): (?!Traceback).+)")
+_OTHER_LINE = re.compile(r"Traceback|  File |\S*\(|[A-Z]+ |\d{4}-|The above|During")
 
 Progress = Callable[[str], None]
 
@@ -116,18 +121,20 @@ def _describe_state(application: dict[str, Any]) -> str:
 def _describe_failure(application: dict[str, Any], cluster: Cluster) -> str:
     messages = [application.get("message", "")]
     messages += [d.get("message", "") for d in application.get("deployments", {}).values()]
-    lines = _find_engine_errors(cluster.folder) or _shorten(messages)
+    lines = find_engine_errors(cluster.folder) or _shorten(messages)
     return "\n".join(["the engine did not start:", *(f"  {line}" for line in lines[-_NUM_ERROR_LINES:])])
 
 
-def _find_engine_errors(folder: Path) -> list[str]:
-    """The lines of the workers' logs that state an exception: vLLM's engine process only writes there."""
-    pattern = re.compile(r"(?:^|\s)((?:[\w.]+\.)?\w*(?:Error|Exception): .+)")
+def find_engine_errors(folder: Path) -> list[str]:
+    """What the exceptions in the workers' logs say: vLLM's engine process states its cause only there."""
     found: dict[str, None] = {}  # in order, without repetition
-    for path in sorted(folder.glob("r/session_*/logs/worker-*.*")):
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            if match := pattern.search(line):
-                found.setdefault(match[1].strip())
+    for path in sorted(folder.glob("r/session_*/logs/worker-*")):
+        lines = [_LOG_PREFIX.sub("", line) for line in path.read_text("utf-8", errors="replace").splitlines()]
+        for start, line in enumerate(lines):
+            if match := _EXCEPTION.search(line):
+                # A settings error of vLLM's goes on for two lines: the field, and what is wrong with it.
+                rest = takewhile(lambda text: text and not _OTHER_LINE.match(text), lines[start + 1 : start + 3])
+                found.setdefault(" ".join([match[1], *(text.strip() for text in rest)]))
     return list(found)
 
 

@@ -33,8 +33,7 @@ _ERROR_TYPES = {400: "invalid_request_error", 404: "not_found_error", 408: "time
 def build_ingress() -> type:
     """The ingress class of a pool, with our routes and our error bodies."""
     app = FastAPI(title="SwiftKV", docs_url=None, redoc_url=None)
-    for error_class in (HTTPException, RequestValidationError, OpenAIHTTPException, VLLMClientError, Exception):
-        app.add_exception_handler(error_class, answer_error)
+    add_error_answers(app)
     ingress: type = make_fastapi_ingress(OpenAiIngress, endpoint_map=ROUTES, app=app)
     return ingress
 
@@ -42,6 +41,12 @@ def build_ingress() -> type:
 def build_model_card(config: LLMConfig) -> ModelCard:
     """What /v1/models says of the model."""
     return to_model_metadata(config.model_id, config)
+
+
+def add_error_answers(app: FastAPI) -> None:
+    """Makes `app` answer every error with `answer_error`."""
+    for error_class in (HTTPException, RequestValidationError, OpenAIHTTPException, VLLMClientError, Exception):
+        app.add_exception_handler(error_class, answer_error)
 
 
 async def answer_error(request: Request, error: Exception) -> JSONResponse:

@@ -1,0 +1,261 @@
+"""The independent reference against transformers' own Llama, and against what SwiftKV's definition implies.
+
+Also checks that the random checkpoints of `fakes` are fit for comparing implementations: every other test
+leans on both.
+"""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import reference
+import torch
+from fakes import END_ID, LLAMA3_ROPE_SCALING, TinyShape, random_prompt_ids, write_student, write_teacher
+from reference import (
+    Config,
+    Weights,
+    compute_logits,
+    compute_top2_gap,
+    generate_greedy,
+    load_weights,
+)
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+EIGHT_LAYERS = TinyShape(num_hidden_layers=8)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, id="plain"),
+        pytest.param({"tied": True}, id="tied"),
+        pytest.param({"attention_bias": True}, id="bias"),
+        pytest.param({"rope_scaling": LLAMA3_ROPE_SCALING}, id="llama3-rope"),
+        pytest.param({"rope_scaling": LLAMA3_ROPE_SCALING, "new_rope_keys": True}, id="llama3-rope-new-keys"),
+        pytest.param({"rope_scaling": {"rope_type": "linear", "factor": 4.0}}, id="linear-rope"),
+        pytest.param({"num_shards": 3}, id="sharded"),
+        pytest.param({"shape": TinyShape(rope_theta=500000.0), "new_rope_keys": True}, id="theta-new-keys"),
+        pytest.param({"shape": TinyShape(num_key_value_heads=4)}, id="mha"),
+        pytest.param({"shape": TinyShape(num_key_value_heads=1)}, id="mqa"),
+        pytest.param({"shape": TinyShape(head_dim=16), "config_changes": {"head_dim": None}}, id="no-head-dim-key"),
+    ],
+)
+def test_teacher_logits_are_those_of_transformers(tmp_path: Path, options: dict) -> None:
+    write_teacher(tmp_path, seed=5, **options)
+    prompt = random_prompt_ids(random.Random(0), 200)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        expected = model(torch.tensor([prompt])).logits[0]
+    config, weights = load_weights(tmp_path)
+    torch.testing.assert_close(compute_logits(config, weights, prompt, "teacher"), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("options", [{}, {"attention_bias": True}], ids=["plain", "bias"])
+def test_student_of_one_later_layer_with_copied_projections_is_the_teacher(tmp_path: Path, options: dict) -> None:
+    """The hidden state that enters the last layer is what the teacher's last layer reads."""
+    last = EIGHT_LAYERS.num_hidden_layers - 1
+    write_student(tmp_path, EIGHT_LAYERS, last, **options)
+    config, weights = load_weights(tmp_path)
+    _copy_last_layer_into_student(weights, last, leader=last)
+    _assert_student_is_teacher(config, weights)
+
+
+@pytest.mark.parametrize(("kept", "group"), [(4, 1), (4, 2), (4, 4), (2, 3), (1, 7)])
+def test_student_is_the_teacher_when_only_its_last_layer_does_anything(tmp_path: Path, kept: int, group: int) -> None:
+    """With later layers that add nothing, the boundary state reaches the last layer unchanged, so its K and V
+    may come from there: by its own projections, held by its group's leader."""
+    last = EIGHT_LAYERS.num_hidden_layers - 1
+    write_student(tmp_path, EIGHT_LAYERS, kept, group)
+    config, weights = load_weights(tmp_path)
+    for layer in range(kept, last):
+        weights[f"model.layers.{layer}.self_attn.o_proj.weight"].zero_()
+        weights[f"model.layers.{layer}.mlp.down_proj.weight"].zero_()
+    _copy_last_layer_into_student(weights, last, leader=kept + (last - kept) // group * group)
+    _assert_student_is_teacher(config, weights)
+
+
+def _copy_last_layer_into_student(weights: Weights, last: int, leader: int) -> None:
+    weights["model.norm_swiftkv.weight"] = weights[f"model.layers.{last}.input_layernorm.weight"]
+    for name in [name for name in weights if f"layers.{last}.self_attn" in name and "swiftkv" not in name]:
+        kind = name.split(".")[-2]  # q_proj, k_proj, v_proj or o_proj
+        holder = last if kind == "q_proj" else leader
+        student_name = name.replace(f"layers.{last}.", f"layers.{holder}.").replace(kind, f"{kind}_swiftkv")
+        if student_name in weights:
+            weights[student_name] = weights[name]
+
+
+def _assert_student_is_teacher(config: Config, weights: Weights) -> None:
+    prompt = random_prompt_ids(random.Random(0), 100)
+    student = compute_logits(config, weights, prompt, "student")
+    teacher = compute_logits(config, weights, prompt, "teacher")
+    torch.testing.assert_close(student, teacher, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("group", [1, 2, 4])
+def test_every_student_tensor_changes_the_logits(tmp_path: Path, group: int) -> None:
+    """A tensor without influence would be one that the reference forgot to read."""
+    write_student(tmp_path, EIGHT_LAYERS, 4, group, attention_bias=True, keep_teacher_projections=False)
+    config, weights = load_weights(tmp_path)
+    prompt = random_prompt_ids(random.Random(0), 30)
+    logits = compute_logits(config, weights, prompt)
+    for name, tensor in weights.items():
+        changed = compute_logits(config, weights | {name: tensor + torch.randn_like(tensor)}, prompt)
+        # A bias of K moves all scores of a query alike before RoPE, so little is left of it: hence 1e-3.
+        assert (changed - logits).abs().max() > 1e-3, name
+
+
+def test_student_reads_nothing_of_the_replaced_projections(tmp_path: Path) -> None:
+    write_student(tmp_path / "kept", EIGHT_LAYERS, 4, 2)
+    write_student(tmp_path / "stripped", EIGHT_LAYERS, 4, 2, keep_teacher_projections=False)
+    prompt = random_prompt_ids(random.Random(0), 30)
+    kept, stripped = (compute_logits(*load_weights(tmp_path / name), prompt) for name in ("kept", "stripped"))
+    torch.testing.assert_close(kept, stripped, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("mode", ["student", "teacher"])
+def test_tokens_never_see_later_ones(tmp_path: Path, mode: str) -> None:
+    write_student(tmp_path, EIGHT_LAYERS, 4, 2)
+    config, weights = load_weights(tmp_path)
+    prompt = random_prompt_ids(random.Random(0), 40)
+    changed = [*prompt[:20], *random_prompt_ids(random.Random(1), 20)]
+    before, after = (compute_logits(config, weights, ids, mode) for ids in (prompt, changed))
+    torch.testing.assert_close(before[:20], after[:20], atol=1e-5, rtol=0)
+    assert (before[20:] - after[20:]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("mode", ["student", "teacher"])
+@pytest.mark.parametrize("group", [1, 4])
+@pytest.mark.parametrize("length", [1, 50])
+def test_generation_with_a_cache_is_generation_without(tmp_path: Path, mode: str, group: int, length: int) -> None:
+    write_student(tmp_path, EIGHT_LAYERS, 4, group, rope_scaling=LLAMA3_ROPE_SCALING)
+    config, weights = load_weights(tmp_path)
+    prompt = random_prompt_ids(random.Random(0), length)
+    expected: list[int] = []
+    for _ in range(24):
+        logits = compute_logits(config, weights, prompt + expected, mode)
+        expected.append(int(logits[-1].argmax()))
+    assert generate_greedy(config, weights, prompt, 24, mode) == expected
+
+
+def test_nothing_that_later_layers_make_of_a_token_reaches_the_next_ones(tmp_path: Path) -> None:
+    """What a server relies on when it skips: the prompt may run through later layers of nonsense, or none."""
+    write_student(tmp_path, EIGHT_LAYERS, 4, 2)
+    config, weights = load_weights(tmp_path)
+    nonsense = {name: tensor + 1 if _is_skipped(name) else tensor for name, tensor in weights.items()}
+    prompt = random_prompt_ids(random.Random(0), 30)
+    cache: reference.Cache = {}
+    reference._forward(config, nonsense, prompt[:-1], "student", cache)
+    last = reference._forward(config, weights, prompt[-1:], "student", cache)[-1]
+    torch.testing.assert_close(last, compute_logits(config, weights, prompt)[-1], atol=1e-4, rtol=0)
+
+
+def _is_skipped(name: str) -> bool:
+    """Whether a prompt token that is not sampled from does without this tensor (4 KV layers of 8)."""
+    later = any(f"layers.{layer}." in name for layer in range(4, 8))
+    key_value = "k_proj_swiftkv" in name or "v_proj_swiftkv" in name
+    return (later and not key_value) or name in ("model.norm.weight", "lm_head.weight")
+
+
+def test_top2_gap_is_the_gap_in_full_logits(tmp_path: Path) -> None:
+    write_student(tmp_path, EIGHT_LAYERS, 4, 2)
+    config, weights = load_weights(tmp_path)
+    prompt = random_prompt_ids(random.Random(0), 10)
+    generated = generate_greedy(config, weights, prompt, 5)
+    gaps = compute_top2_gap(config, weights, prompt, generated)
+    assert len(gaps) == 5
+    for index, gap in enumerate(gaps):
+        logits = compute_logits(config, weights, prompt + generated[:index])[-1]
+        best = int(logits.argmax())
+        assert best == generated[index]
+        rest = torch.cat([logits[:best], logits[best + 1 :]])
+        assert gap == pytest.approx(float(logits[best] - rest.max()), abs=1e-4)
+        assert gap > 0
+
+
+def test_student_mode_of_a_teacher_is_refused(tmp_path: Path) -> None:
+    config, weights = load_weights(write_teacher(tmp_path))
+    with pytest.raises(AssertionError, match="not a SwiftKV checkpoint"):
+        compute_logits(config, weights, [1, 2, 3])
+
+
+# What the random checkpoints promise to the tests that use them.
+
+
+@pytest.mark.parametrize("options", [{}, {"tied": True}, {"attention_bias": True}], ids=["plain", "tied", "bias"])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_random_student_and_teacher_say_different_and_varied_things(tmp_path: Path, seed: int, options: dict) -> None:
+    write_student(tmp_path, EIGHT_LAYERS, 4, 2, seed=seed, **options)
+    config, weights = load_weights(tmp_path)
+    prompt = random_prompt_ids(random.Random(seed), 80)
+    student, teacher = (generate_greedy(config, weights, prompt, 48, mode) for mode in ("student", "teacher"))
+    assert min(len(set(student)), len(set(teacher))) >= 8
+    assert sum(a == b for a, b in zip(student, teacher, strict=True)) <= 16
+    assert END_ID not in student + teacher
+
+
+def test_student_has_the_tensors_of_the_published_format(tmp_path: Path) -> None:
+    tiny = TinyShape(num_hidden_layers=6)
+    write_teacher(tmp_path / "teacher", tiny, attention_bias=True)
+    write_student(tmp_path / "student", tiny, 2, 2, attention_bias=True)
+    _, teacher = load_weights(tmp_path / "teacher")
+    config, student = load_weights(tmp_path / "student")
+    attention = "model.layers.{}.self_attn.{}_proj_swiftkv.{}"
+    expected = {attention.format(layer, "q", part) for layer in (2, 3, 4, 5) for part in ("weight", "bias")}
+    expected |= {
+        attention.format(layer, kind, part) for layer in (2, 4) for kind in "kv" for part in ("weight", "bias")
+    }
+    assert set(student) - set(teacher) == expected | {"model.norm_swiftkv.weight"}
+    assert all(torch.equal(student[name], teacher[name]) for name in teacher)
+    assert config["architectures"] == ["LlamaSwiftKVForCausalLM"]
+    assert config["model_type"] == "llama_swiftkv"
+    assert config["swiftkv"] is True
+    assert (config["num_key_value_layers"], config["key_value_group_size"]) == (2, 2)
+
+
+def test_stripped_student_lacks_exactly_the_replaced_projections(tmp_path: Path) -> None:
+    tiny = TinyShape(num_hidden_layers=4)
+    write_student(tmp_path / "kept", tiny, 2)
+    write_student(tmp_path / "stripped", tiny, 2, keep_teacher_projections=False)
+    kept, stripped = (set(load_weights(tmp_path / name)[1]) for name in ("kept", "stripped"))
+    replaced = {f"model.layers.{layer}.self_attn.{kind}_proj.weight" for layer in (2, 3) for kind in "qkv"}
+    assert kept - stripped == replaced
+    assert stripped <= kept
+
+
+def test_shards_hold_what_one_file_holds(tmp_path: Path) -> None:
+    write_student(tmp_path / "one", seed=2)
+    write_student(tmp_path / "three", seed=2, num_shards=3)
+    (_, one), (_, three) = load_weights(tmp_path / "one"), load_weights(tmp_path / "three")
+    assert one.keys() == three.keys()
+    assert all(torch.equal(one[name], three[name]) for name in one)
+    index = json.loads((tmp_path / "three" / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == one.keys()
+    assert len(set(index["weight_map"].values())) == 3
+
+
+def test_dtype_is_that_of_the_file_and_the_config(tmp_path: Path) -> None:
+    write_student(tmp_path, dtype=torch.bfloat16)
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as tensors:
+        assert {tensors.get_tensor(name).dtype for name in tensors.keys()} == {torch.bfloat16}
+    config, weights = load_weights(tmp_path)
+    assert config["torch_dtype"] == "bfloat16"
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+
+
+def test_any_text_comes_back_from_the_tokenizer(tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(write_teacher(tmp_path))
+    text = "def naïve(x):\n\treturn '雪'  # <tag>\r\n"
+    token_ids = tokenizer.encode(text)
+    assert token_ids == list(text.encode("utf-8"))
+    assert tokenizer.decode(token_ids) == text
+    assert (len(tokenizer), tokenizer.eos_token_id) == (300, END_ID)
+    assert tokenizer.decode([299]) == "[299]"
+
+
+def test_chat_template_names_each_speaker(tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(write_teacher(tmp_path))
+    messages = [{"role": "user", "content": "hi"}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert text == "<|user|>hi\n<|assistant|>"
