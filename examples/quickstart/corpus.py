@@ -19,12 +19,13 @@ import json
 import sys
 import sysconfig
 import tokenize
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -117,7 +118,9 @@ def build_corpus(
     train_bytes = _save_modules(output / "train_files.jsonl", train)
     heldout_bytes = _save_modules(output / "heldout_files.jsonl", heldout)
     train_texts, heldout_count = _save_functions(output, train, heldout, on_progress)
+    on_progress("training tokenizer", 0, 1)
     tokenizer = train_tokenizer([module.text for module in train])
+    on_progress("training tokenizer", 1, 1)
     tokenizer.save_pretrained(output / "tokenizer")
     prompts, lengths = _build_all_prompts(heldout, tokenizer, on_progress)
     _save_jsonl(output / "prompts.jsonl", prompts)
@@ -232,13 +235,13 @@ def build_prompts(module: Module, tokenizer: PreTrainedTokenizerFast) -> list[tu
             continue
         # The end of a line, before its newline: no token spans the cut, so prompt + completion are tokens too.
         cut = line_starts[statement.end_lineno] - 1
-        index = _find_token(starts, cut)
+        index = bisect_left(starts, cut)
         if index >= PROMPT_TOKENS and index + COMPLETION_TOKENS < len(starts) and starts[index] == cut:
             cuts.append((name, cut, index))
     prompts = []
     for name, cut, index in _spread(cuts, MAX_PROMPTS_PER_MODULE):
         earliest = starts[index - PROMPT_TOKENS]
-        begin = next(start for start in line_starts if start >= earliest)
+        begin = line_starts[bisect_left(line_starts, earliest)]
         prompt = module.text[begin:cut]
         completion = module.text[cut : starts[index + COMPLETION_TOKENS]]
         num_tokens = len(tokenizer.encode(prompt, add_special_tokens=False))
@@ -326,12 +329,6 @@ def _find_line_starts(text: str) -> list[int]:
     return [0, *(index + 1 for index, character in enumerate(text) if character == "\n")]
 
 
-def _find_token(starts: list[int], position: int) -> int:
-    from bisect import bisect_left
-
-    return bisect_left(starts, position)
-
-
 def _spread(items: list[tuple[str, int, int]], limit: int) -> list[tuple[str, int, int]]:
     step = max(1.0, len(items) / limit)
     return [items[int(index * step)] for index in range(min(limit, len(items)))]
@@ -347,18 +344,19 @@ def main() -> int:
     """Builds the corpus with a progress bar; returns the exit status."""
     parser = argparse.ArgumentParser(description="Build the quickstart's corpus from Python's own sources.")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write to")
+    parser.add_argument("--limit-modules", type=int, metavar="N", help="a small corpus, to try things; default: all")
     arguments = parser.parse_args()
     columns = (TextColumn("{task.description:<20}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        tasks: dict[str, object] = {}
+        tasks: dict[str, TaskID] = {}
 
         def show(stage: str, num_done: int, num_steps: int) -> None:
-            task = tasks.setdefault(stage, None) or progress.add_task(stage, total=num_steps)
-            tasks[stage] = task
-            progress.update(task, completed=num_done)
+            if stage not in tasks:
+                tasks[stage] = progress.add_task(stage, total=num_steps)
+            progress.update(tasks[stage], completed=num_done)
 
         try:
-            summary = build_corpus(arguments.output, show)
+            summary = build_corpus(arguments.output, show, arguments.limit_modules)
         except SwiftKVError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2

@@ -5,8 +5,10 @@ Does not start a cluster, and leaves a failed deployment's cluster running for i
 Called by: cli/serve.py, cli (quickstart). Calls: Ray's Serve REST API, serving/source.py.
 """
 
+import json
 import re
 import time
+import urllib.request
 from collections.abc import Callable
 from itertools import takewhile
 from pathlib import Path
@@ -22,12 +24,13 @@ IMPORT_PATH = "swiftkv.serving.app:build_app"
 
 # A first start compiles the model; on two slow cores that has taken two minutes.
 START_TIMEOUT_S = 600.0
+FIRST_REQUEST_TIMEOUT_S = 120.0
 _POLL_S = 0.5
 _NUM_ERROR_LINES = 12
 
 _LOG_PREFIX = re.compile(r"^(\([^)]*pid=\d+\) )?((INFO|WARNING|ERROR) [\d-]+ [\d:]+ \[[^\]]*\] )?")
 _EXCEPTION = re.compile(r"(?:^|\s)((?:[a-zA-Z_][\w.]*\.)?\w*(?:Error|Exception): (?!Traceback).+)")
-_OTHER_LINE = re.compile(r"Traceback|  File |\S*\(|[A-Z]+ |\d{4}-|The above|During")
+_CONTINUATION = re.compile(r"  (?! *File |.*For further information)")
 
 Progress = Callable[[str], None]
 
@@ -46,6 +49,8 @@ def deploy(cluster: Cluster, settings: ServeSettings, on_progress: Progress = la
     on_progress("building the application")
     client.deploy_applications(build_serve_config(settings))
     _wait_until_running(client, cluster, on_progress)
+    on_progress("answering a first request")
+    _send_first_request(settings)
     return settings
 
 
@@ -109,6 +114,18 @@ def _wait_until_running(client: Any, cluster: Cluster, on_progress: Progress) ->
     raise EngineError(f"the engine was not up after {START_TIMEOUT_S:.0f} s. Logs: {cluster.folder}")
 
 
+def _send_first_request(settings: ServeSettings) -> None:
+    # The first one takes seconds: vLLM and Serve set up on it what they then keep. No user should meet that.
+    body = json.dumps({"model": settings.model_id, "prompt": "a", "max_tokens": 1}).encode()
+    request = urllib.request.Request(
+        f"{settings.base_url}/completions", data=body, headers={"Content-Type": "application/json"}
+    )
+    try:
+        urllib.request.urlopen(request, timeout=FIRST_REQUEST_TIMEOUT_S).close()
+    except OSError as error:  # HTTP errors, refused connections and time-outs are all kinds of it
+        raise EngineError(f"the engine is up but {settings.base_url} does not answer: {error}") from error
+
+
 def _describe_state(application: dict[str, Any]) -> str:
     starting = [
         name.removeprefix("LLMServer:")
@@ -133,7 +150,7 @@ def find_engine_errors(folder: Path) -> list[str]:
         for start, line in enumerate(lines):
             if match := _EXCEPTION.search(line):
                 # A settings error of vLLM's goes on for two lines: the field, and what is wrong with it.
-                rest = takewhile(lambda text: text and not _OTHER_LINE.match(text), lines[start + 1 : start + 3])
+                rest = takewhile(_CONTINUATION.match, lines[start + 1 : start + 3])
                 found.setdefault(" ".join([match[1], *(text.strip() for text in rest)]))
     return list(found)
 

