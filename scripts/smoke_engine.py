@@ -1,7 +1,7 @@
-"""Starts one vLLM engine on a tiny random model and asks it for 4 tokens. CI runs it on a bare system.
+"""Starts one engine on a tiny random SwiftKV model and asks it for 4 tokens. CI runs it on a bare system.
 
-Says nothing about right answers, only that everything an engine needs is there.
-Called by: scripts/ci_chroot.sh. Calls: vLLM.
+Compares with the Hugging Face model's tokens, so that an engine that starts but skips wrongly is found too.
+Called by: scripts/ci_chroot.sh. Calls: bench/engine.py (the model), engine/llm.py.
 """
 
 import os
@@ -9,59 +9,41 @@ import sys
 import tempfile
 from pathlib import Path
 
-from swiftkv.engine.compiler import EAGER_REASON, has_cxx_compiler
-
-VOCAB_SIZE = 512
 NUM_TOKENS = 4
 
 
-def save_tiny_llama(folder: Path) -> None:
-    """Two layers of random weights, with a head size that the CPU attention kernel takes."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        vocab_size=VOCAB_SIZE,
-        max_position_embeddings=256,
-        architectures=["LlamaForCausalLM"],
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-
-
-def generate_tokens(folder: Path) -> list[int]:
-    """The tokens that a new engine adds to a prompt of 16."""
-    from vllm import LLM, SamplingParams
-
-    eager = not has_cxx_compiler()
-    print(f"smoke: {EAGER_REASON}" if eager else "smoke: the engine compiles its kernels", flush=True)
-    engine = LLM(model=str(folder), skip_tokenizer_init=True, dtype="float32", max_model_len=256, enforce_eager=eager)
-    sampling = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True, detokenize=False)
-    outputs = engine.generate([{"prompt_token_ids": list(range(3, 19))}], sampling, use_tqdm=False)
-    return list(outputs[0].outputs[0].token_ids)
-
-
 def main() -> int:
-    """Prints `smoke: ok` if the engine answered. Returns the exit status."""
+    """Prints `smoke: ok` if the engine answered rightly. Returns the exit status."""
     with tempfile.TemporaryDirectory(prefix="swiftkv-smoke-") as folder:
-        os.environ.update(
-            VLLM_CPU_KVCACHE_SPACE="1",
-            VLLM_CACHE_ROOT=f"{folder}/cache",
-            VLLM_NO_USAGE_STATS="1",
-            HF_HUB_OFFLINE="1",
-        )
-        save_tiny_llama(Path(folder, "model"))
-        tokens = generate_tokens(Path(folder, "model"))
-    if len(tokens) != NUM_TOKENS or not all(0 <= token < VOCAB_SIZE for token in tokens):
-        print(f"smoke: failed, the engine answered {tokens}", file=sys.stderr)
+        os.environ.update(VLLM_CACHE_ROOT=f"{folder}/cache", VLLM_NO_USAGE_STATS="1", HF_HUB_OFFLINE="1")
+        tokens, expected = generate_both(Path(folder))
+    if tokens != expected:
+        print(f"smoke: failed, the engine answered {tokens} instead of {expected}", file=sys.stderr)
         return 1
     print("smoke: ok")
     return 0
+
+
+def generate_both(folder: Path) -> tuple[list[int], list[int]]:
+    """The tokens that a new engine, and the Hugging Face model, add to a prompt of 40."""
+    import torch
+
+    from swiftkv.bench.engine import build_random_prompts, write_random_models
+    from swiftkv.engine.llm import generate_tokens, run_engine
+    from swiftkv.engine.settings import EngineSettings
+    from swiftkv.model.checkpoint import load_student
+    from swiftkv.spec import ModelShape
+
+    shape = ModelShape(64, 128, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1, head_dim=32,
+                       vocab_size=512)  # fmt: skip
+    write_random_models(folder, shape, max_tokens=256)
+    prompts = build_random_prompts([40], shape.vocab_size)
+    with torch.no_grad():
+        ids = load_student(folder / "student").generate(
+            torch.tensor(prompts), max_new_tokens=NUM_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+    with run_engine(folder / "student", EngineSettings(dtype="float32", max_model_len=256, kv_cache_gib=0.1)) as llm:
+        return generate_tokens(llm, prompts, NUM_TOKENS)[0], ids[0, 40:].tolist()
 
 
 if __name__ == "__main__":

@@ -56,9 +56,15 @@ class TrainingSettings:
 
     phases: tuple[Phase, ...] = (Phase(0.75, 256), Phase(0.25, 2048))
     """Short rows are cheap to attend over; the long ones at the end put prompts of 1,500 tokens in distribution."""
-    learning_rate: float = 4e-3
-    """Peak of AdamW's; it rises for `warmup_steps` and then falls in a straight line to 0."""
+    learning_rate: float = 1e-3
+    """Peak of AdamW's for the layers' matrices; all rates rise for `warmup_steps` and fall to 0."""
+    embedding_learning_rate: float = 0.06
+    """Most rows of the embedding see few gradients in so few steps: at the matrices' rate they hardly move."""
+    head_learning_rate: float = 4e-3
+    """Also that of the norms."""
     warmup_steps: int = 20
+    decay_frac: float = 0.7
+    """Share of the steps, the last ones, over which the rates fall."""
     weight_decay: float = 0.1
     max_gradient_norm: float = 1.0
     chat_every: int = 10
@@ -224,7 +230,7 @@ def _train(
             if current != phase:
                 phase, batches = current, rows.iterate_batches(current.row_tokens)
             for group in optimizer.param_groups:
-                group["lr"] = compute_learning_rate(settings, step, num_steps)
+                group["lr"] = group["peak"] * compute_rate_frac(settings, step, num_steps)
             loss = _train_step(model, next(batches), optimizer, settings.max_gradient_norm, autocast)
             smooth_loss = loss if math.isnan(smooth_loss) else 0.95 * smooth_loss + 0.05 * loss
             step += 1
@@ -236,10 +242,11 @@ def _train(
     return step, smooth_loss
 
 
-def compute_learning_rate(settings: TrainingSettings, step: int, num_steps: int) -> float:
-    """The rate of step `step` (from 0): up in a line for the warm-up, down in a line to 0 at `num_steps`."""
-    warmup = min(1.0, (step + 1) / settings.warmup_steps)
-    return settings.learning_rate * min(warmup, (num_steps - step) / num_steps)
+def compute_rate_frac(settings: TrainingSettings, step: int, num_steps: int) -> float:
+    """The share of the peak rates at `step` (from 0): up in a line, level, down in a line to 0 at `num_steps`."""
+    warmup = (step + 1) / settings.warmup_steps
+    decay = (num_steps - step) / (settings.decay_frac * num_steps)
+    return min(1.0, warmup, decay)
 
 
 def _train_step(
@@ -329,13 +336,15 @@ def _choose_phase(phases: tuple[Phase, ...], step: int, num_steps: int) -> Phase
 
 
 def _build_optimizer(model: LlamaForCausalLM, settings: TrainingSettings) -> torch.optim.Optimizer:
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim == 2]
-    vectors = [parameter for parameter in model.parameters() if parameter.ndim != 2]
+    inner = list(model.model.layers.parameters())
+    matrices = [parameter for parameter in inner if parameter.ndim == 2]
+    norms = [parameter for parameter in inner if parameter.ndim == 1] + [model.model.norm.weight]
     groups = [
-        {"params": matrices, "weight_decay": settings.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+        {"params": matrices, "peak": settings.learning_rate, "weight_decay": settings.weight_decay},
+        {"params": [model.model.embed_tokens.weight], "peak": settings.embedding_learning_rate, "weight_decay": 0.0},
+        {"params": [model.lm_head.weight, *norms], "peak": settings.head_learning_rate, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.95), fused=True)
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-10, fused=True)
 
 
 def _build_progress() -> Progress:

@@ -2,7 +2,7 @@
 
 Does not say what a job does, and does not stop a job when its follower stops: Ctrl-C is the caller's.
 Called by: cli (distill).
-Calls: Ray's job submission client.
+Calls: cluster, Ray's job submission client.
 """
 
 import asyncio

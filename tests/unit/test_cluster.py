@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from swiftkv import cluster as clusters
-from swiftkv.cluster import Cluster, choose_ports, find_cluster, find_processes, start_cluster, stop_cluster
+from swiftkv.cluster import Cluster, choose_ports, find_cluster, find_processes, lifecycle, start_cluster, stop_cluster
 from swiftkv.errors import ClusterError
 from swiftkv.jobs import follow_job, submit_job
 
@@ -112,8 +112,8 @@ def test_record_of_a_process_that_is_not_ours_is_stale_and_spares_it(tmp_path, m
 def test_start_that_fails_shows_ray_s_log_and_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("SWIFTKV_HOME", str(tmp_path))
     folders = []
-    make = clusters._make_folder
-    monkeypatch.setattr(clusters, "_make_folder", lambda: folders.append(make()) or folders[-1])
+    make = lifecycle._make_folder
+    monkeypatch.setattr(lifecycle, "_make_folder", lambda: folders.append(make()) or folders[-1])
     with pytest.raises(ClusterError, match="object_store_memory|object store"):
         start_cluster(object_store_bytes=1)
     assert find_cluster() is None

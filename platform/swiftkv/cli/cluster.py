@@ -1,6 +1,6 @@
 """`swiftkv down`: stops the cluster that this folder's commands started. Stops no other Ray cluster.
 
-Called by: cli/main.py. Calls: cluster.py.
+Called by: cli/main.py. Calls: cluster.
 """
 
 from rich.console import Console

@@ -1,6 +1,6 @@
 """`swiftkv serve`: a model behind an OpenAI-compatible endpoint on this machine, until Ctrl-C.
 
-Called by: cli/main.py. Calls: cluster.py, serving/deploy.py.
+Called by: cli/main.py. Calls: cluster, serving/deploy.py.
 """
 
 import json

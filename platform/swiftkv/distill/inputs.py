@@ -7,8 +7,8 @@ from pathlib import Path
 
 from swiftkv.distill.recipe import Recipe
 from swiftkv.errors import ConfigError, DataError
-from swiftkv.families import find_teacher_family
 from swiftkv.model.checkpoint import read_config
+from swiftkv.model.convert import resolve_cut
 from swiftkv.spec import SwiftKVSpec
 
 
@@ -18,13 +18,8 @@ def check_inputs(recipe: Recipe) -> SwiftKVSpec:
     Raises: CheckpointError if the teacher cannot be used; ConfigError if the cut does not fit it; DataError if a
     data file is missing.
     """
-    config = read_config(recipe.teacher)
-    find_teacher_family(config.get("model_type"))
-    num_layers = int(config.get("num_hidden_layers") or 0)
-    kept = recipe.cut.num_key_value_layers or -(-num_layers // 2)
-    cut = {"num_key_value_layers": kept, "key_value_group_size": recipe.cut.key_value_group_size}
-    spec = SwiftKVSpec.from_hf_config(config | cut)
-    context = int(config.get("max_position_embeddings") or recipe.data.row_tokens)
+    spec = resolve_cut(recipe.teacher, recipe.cut.num_key_value_layers, recipe.cut.key_value_group_size)
+    context = int(read_config(recipe.teacher).get("max_position_embeddings") or recipe.data.row_tokens)
     if recipe.data.row_tokens > context:
         raise ConfigError(
             f"data.row_tokens is {recipe.data.row_tokens}, but the teacher's context is {context} tokens: "

@@ -4,11 +4,13 @@ Called by: bench/engine.py, scripts/smoke_engine.py, tests.
 """
 
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from swiftkv.engine.compiler import EAGER_REASON
 from swiftkv.engine.settings import EngineSettings
 from swiftkv.errors import EngineError
 
@@ -20,6 +22,8 @@ def run_engine(folder: Path, settings: EngineSettings) -> Iterator[Any]:
     Raises: EngineError if vLLM does not start; the reason is in what vLLM printed before.
     """
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    if settings.lacks_compiler():
+        print(f"engine: {EAGER_REASON}", file=sys.stderr)
     saved = {name: os.environ.get(name) for name in settings.build_environment()}
     os.environ.update(settings.build_environment())
     from vllm import LLM

@@ -39,9 +39,13 @@ class EngineSettings(StrictModel):
     skipping: bool = True
     """Whether prompt tokens skip the later layers of a SwiftKV model; no effect on other models."""
 
+    def lacks_compiler(self) -> bool:
+        """Whether the engine runs eager only because this machine has no C++ compiler, which users are told."""
+        return self.enforce_eager is None and not has_cxx_compiler()
+
     def is_eager(self) -> bool:
         """Whether the engine runs without compiling, on this machine."""
-        return not has_cxx_compiler() if self.enforce_eager is None else self.enforce_eager
+        return bool(self.enforce_eager) or self.lacks_compiler()
 
     def build_engine_arguments(self) -> dict[str, Any]:
         """The settings as vLLM's engine arguments."""

@@ -18,22 +18,37 @@ from swiftkv.model.modeling import LlamaSwiftKVForCausalLM
 from swiftkv.spec import SwiftKVSpec
 
 
+def resolve_cut(folder: Path, num_key_value_layers: int | None, key_value_group_size: int = 1) -> SwiftKVSpec:
+    """What the teacher in `folder` becomes with this cut; None keeps half of its layers. Reads config.json only.
+
+    Raises: CheckpointError if the folder is missing, not of a known family, or holds pickled weights;
+    ConfigError if the cut or the group size does not fit the teacher.
+    """
+    config = read_config(folder)
+    find_teacher_family(config.get("model_type"))
+    kept = num_key_value_layers or -(-int(config.get("num_hidden_layers") or 0) // 2)
+    cut = {"num_key_value_layers": kept, "key_value_group_size": key_value_group_size}
+    return SwiftKVSpec.from_hf_config(config | cut)
+
+
 def convert_teacher(
     folder: Path,
-    num_key_value_layers: int,
+    num_key_value_layers: int | None,
     key_value_group_size: int = 1,
     dtype: torch.dtype = torch.float32,
 ) -> LlamaSwiftKVForCausalLM:
     """The teacher in `folder` with untrained student projections beside its own.
 
-    Raises: CheckpointError if the folder is missing, not of a known family, or holds pickled weights;
-    ConfigError if the cut or the group size does not fit the teacher.
+    Raises: what `resolve_cut` raises; CheckpointError if the weights do not belong to the config.
     """
+    spec = resolve_cut(folder, num_key_value_layers, key_value_group_size)
     teacher_config = read_config(folder)
     family = find_teacher_family(teacher_config.get("model_type"))
     values = {key: value for key, value in teacher_config.items() if key not in ("architectures", "model_type")}
-    values |= {"num_key_value_layers": num_key_value_layers, "key_value_group_size": key_value_group_size}
-    SwiftKVSpec.from_hf_config(values)
+    values |= {
+        "num_key_value_layers": spec.num_key_value_layers,
+        "key_value_group_size": spec.key_value_group_size,
+    }
     config = CONFIG_CLASSES[family.model_type](**values)
     config.architectures = [family.architecture]
     model = load_into(LlamaSwiftKVForCausalLM, config, folder, dtype, may_miss="swiftkv")

