@@ -41,17 +41,17 @@ def _build_rows(figures: dict[str, Any]) -> list[tuple[str, str, str, str]]:
         return f"{speed[f'teacher_{name}'] * 1e3:.1f} ms", f"{speed[f'student_{name}'] * 1e3:.1f} ms", f"{ratio:.2f} x"
 
     tokens_per_s = [f"{speed[f'{side}_prompt_tokens_per_s']:,.0f}" for side in ("teacher", "student")]
-    allowed = f"{speed['speedup']:.2f} x (FLOPs allow {speed['flop_speedup']:.2f})"
+    allowed = f"{speed['speedup']:.2f} x (of {speed['flop_speedup']:.2f})"
     return [
         ("prompt tokens/s", *tokens_per_s, allowed),
         ("TTFT", *timed("ttft_s", speed["ttft_ratio"])),
         ("TPOT", *timed("tpot_s", speed["tpot_ratio"])),
-        ("perplexity before distilling", f"{teacher_perplexity:.2f}", *_compare(before, teacher_perplexity)),
-        ("perplexity after distilling", f"{teacher_perplexity:.2f}", *_compare(after, teacher_perplexity)),
+        ("perplexity, before", f"{teacher_perplexity:.2f}", *_compare(before, teacher_perplexity)),
+        ("perplexity, after", f"{teacher_perplexity:.2f}", *_compare(after, teacher_perplexity)),
         ("same next token, before", "", f"{before['agreement_frac']:.1%}", ""),
         ("same next token, after", "", f"{after['agreement_frac']:.1%}", ""),
-        ("KL before", "", f"{before['kl_nats']:.4f} nats", ""),
-        ("KL after", "", f"{after['kl_nats']:.4f} nats", ""),
+        ("KL, before", "", f"{before['kl_nats']:.4f} nats", ""),
+        ("KL, after", "", f"{after['kl_nats']:.4f} nats", ""),
     ]
 
 

@@ -28,12 +28,14 @@ from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForC
 
 from swiftkv.errors import ConfigError, DataError, SwiftKVError
 
-NUM_STEPS = 450
+NUM_STEPS = 700
 MAX_SECONDS = 150.0
 """Training is shortened, not the machine's owner kept waiting, where NUM_STEPS would take longer."""
 
 CONTEXT_TOKENS = 2048
-STEP_TOKENS = 2048
+STEP_TOKENS = 1024
+"""Of a step on rows that are no longer than this; longer rows come one in a step."""
+
 CALIBRATION_STEPS = 8
 """Steps timed before the number of steps is fixed; the learning rate is still warming up in them."""
 
@@ -48,13 +50,15 @@ class Phase:
 
     steps_frac: float
     row_tokens: int
+    step_cost: float = 1.0
+    """Duration of its steps as a multiple of the first phase's; used to foresee how long training takes."""
 
 
 @dataclass(frozen=True)
 class TrainingSettings:
     """What was found best in about 100 s on two cores; jobs/LOG.md has the table."""
 
-    phases: tuple[Phase, ...] = (Phase(0.75, 256), Phase(0.25, 2048))
+    phases: tuple[Phase, ...] = (Phase(0.88, 256), Phase(0.12, 2048, step_cost=3.5))
     """Short rows are cheap to attend over; the long ones at the end put prompts of 1,500 tokens in distribution."""
     learning_rate: float = 1e-3
     """Peak of AdamW's for the layers' matrices; all rates rise for `warmup_steps` and fall to 0."""
@@ -98,7 +102,7 @@ def train_teacher(
 ) -> TeacherSummary:
     """A trained Llama with its tokenizer in the folder `output`; returns what it took and how good it is.
 
-    `steps` optimizer steps of STEP_TOKENS tokens, or as many as fit in `seconds` if those are fewer; one of the
+    `steps` optimizer steps, or as many as fit in `seconds` if those are fewer; one of the
     two may be None. `config_changes` overrides keys of the model's config, for tests.
     Raises: ConfigError without steps and seconds; DataError if `corpus` was not written by corpus.py.
     """
@@ -112,16 +116,16 @@ def train_teacher(
     chats = _encode(tokenizer, build_chats(_load_jsonl(corpus / "train.jsonl"), seed))
     rows = RowSource(files, chats, settings.chat_every, tokenizer.bos_token_id, seed)
     started = time.monotonic()
-    num_steps, loss = _train(model, rows, settings, steps, seconds, autocast)
+    num_steps, num_tokens, loss = _train(model, rows, settings, steps, seconds, autocast)
     training_s = time.monotonic() - started
     perplexity = compute_heldout_perplexity(model, tokenizer, corpus / "heldout_files.jsonl", autocast)
     save_teacher(model, tokenizer, output)
     return TeacherSummary(
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         num_steps=num_steps,
-        num_tokens=num_steps * STEP_TOKENS,
+        num_tokens=num_tokens,
         training_s=round(training_s, 1),
-        tokens_per_s=round(num_steps * STEP_TOKENS / training_s, 1),
+        tokens_per_s=round(num_tokens / training_s, 1),
         final_loss=round(loss, 4),
         autocast=autocast,
         heldout_perplexity=perplexity,
@@ -183,12 +187,12 @@ class RowSource:
         self._generator = torch.Generator().manual_seed(seed)
 
     def iterate_batches(self, row_tokens: int) -> Iterator[Tensor]:
-        """Batches [B, row_tokens + 1] without end, each of STEP_TOKENS inputs; a row begins with <|begin|>."""
+        """Batches [B, row_tokens + 1] without end, of STEP_TOKENS inputs or one row; a row begins with <|begin|>."""
         rows = {name: self._iterate_rows(stream, row_tokens) for name, stream in self._streams.items()}
         num_given = 0
         while True:
             batch = []
-            for _ in range(STEP_TOKENS // row_tokens):
+            for _ in range(max(1, STEP_TOKENS // row_tokens)):
                 num_given += 1
                 name = "chats" if num_given % self._chat_every == 0 else "files"
                 batch.append(next(rows[name]))
@@ -214,12 +218,13 @@ def _train(
     steps: int | None,
     seconds: float | None,
     autocast: bool,
-) -> tuple[int, float]:
+) -> tuple[int, int, float]:
     optimizer = _build_optimizer(model, settings)
     model.train()
     num_steps = steps or sys.maxsize
     step_s: list[float] = []
     smooth_loss = math.nan
+    num_tokens = 0
     phase: Phase | None = None
     with _build_progress() as progress:
         task = progress.add_task("training", total=steps, loss=math.nan, speed=0.0)
@@ -231,15 +236,18 @@ def _train(
                 phase, batches = current, rows.iterate_batches(current.row_tokens)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * compute_rate_frac(settings, step, num_steps)
-            loss = _train_step(model, next(batches), optimizer, settings.max_gradient_norm, autocast)
+            batch = next(batches)
+            loss = _train_step(model, batch, optimizer, settings.max_gradient_norm, autocast)
+            num_tokens += batch.shape[0] * current.row_tokens
             smooth_loss = loss if math.isnan(smooth_loss) else 0.95 * smooth_loss + 0.05 * loss
             step += 1
             step_s.append(time.monotonic() - started)
             if step == CALIBRATION_STEPS and seconds is not None:
-                num_steps = min(num_steps, max(step, int(seconds / statistics.median(step_s))))
+                mean_cost = sum(phase.steps_frac * phase.step_cost for phase in settings.phases)
+                num_steps = min(num_steps, max(step, int(seconds / (mean_cost * statistics.median(step_s)))))
                 progress.update(task, total=num_steps)
-            progress.update(task, completed=step, loss=smooth_loss, speed=STEP_TOKENS / step_s[-1])
-    return step, smooth_loss
+            progress.update(task, completed=step, loss=smooth_loss, speed=num_tokens / sum(step_s))
+    return step, num_tokens, smooth_loss
 
 
 def compute_rate_frac(settings: TrainingSettings, step: int, num_steps: int) -> float:
@@ -363,7 +371,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Train the quickstart's small Llama on the corpus.")
     parser.add_argument("--corpus", type=Path, required=True, metavar="DIR", help="folder that corpus.py wrote")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the new model")
-    parser.add_argument("--steps", type=int, default=NUM_STEPS, help=f"of {STEP_TOKENS} tokens; default {NUM_STEPS}")
+    parser.add_argument("--steps", type=int, default=NUM_STEPS, help=f"optimizer steps; default {NUM_STEPS}")
     parser.add_argument(
         "--seconds", type=float, default=MAX_SECONDS, help="fewer steps where they would take longer than this"
     )

@@ -86,7 +86,7 @@ def _follow(cluster: Cluster, command: str) -> None:
                     figures = f"loss {progress.loss:.4f}  {progress.tokens_per_s:,.0f} tokens/s"
                     bar.update(task, completed=progress.step, total=progress.steps, figures=figures)
                 elif line.startswith(("distill ", "distilled:")):
-                    bar.console.print(line, highlight=False)
+                    bar.console.print(line, highlight=False, markup=False, soft_wrap=True)
         except KeyboardInterrupt:
             stop_job(cluster, job_id)
             raise

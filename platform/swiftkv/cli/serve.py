@@ -14,6 +14,7 @@ from rich.console import Console
 
 from swiftkv.cluster import Cluster, find_cluster, start_cluster, stop_cluster
 from swiftkv.config import parse_settings
+from swiftkv.engine.compiler import EAGER_REASON
 from swiftkv.errors import ClusterError
 from swiftkv.serving.config import ServeSettings
 from swiftkv.serving.deploy import deploy, undeploy
@@ -39,13 +40,19 @@ def serve(
         "store": store,
         "port": port,
         "model_id": model_id,
-        "max_model_len": max_model_len,
-        "dtype": dtype,
-        "kv_cache_gib": kv_cache_gib,
         "num_replicas": replicas,
-        "enforce_eager": eager,
+        "engine": {
+            "max_model_len": max_model_len,
+            "max_num_seqs": 16,
+            "dtype": dtype,
+            "kv_cache_gib": kv_cache_gib,
+            "enforce_eager": eager,
+        },
     }
-    run(parse_settings(options, ServeSettings, "swiftkv serve"), detach, Console())
+    settings = parse_settings(options, ServeSettings, "swiftkv serve")
+    if settings.engine.lacks_compiler():
+        typer.echo(f"engine: {EAGER_REASON}", err=True)
+    run(settings, detach, Console())
 
 
 def run(settings: ServeSettings, detach: bool, console: Console) -> None:

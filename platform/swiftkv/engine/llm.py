@@ -21,7 +21,7 @@ def run_engine(folder: Path, settings: EngineSettings) -> Iterator[Any]:
 
     Raises: EngineError if vLLM does not start; the reason is in what vLLM printed before.
     """
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     if settings.lacks_compiler():
         print(f"engine: {EAGER_REASON}", file=sys.stderr)
     saved = {name: os.environ.get(name) for name in settings.build_environment()}
@@ -33,7 +33,7 @@ def run_engine(folder: Path, settings: EngineSettings) -> Iterator[Any]:
             str(folder),
             skip_tokenizer_init=True,
             disable_log_stats=False,
-            trust_remote_code=False,
+            use_tqdm_on_load=False,
             **settings.build_engine_arguments(),
         )
     except Exception as error:

@@ -51,8 +51,11 @@ class EngineSettings(StrictModel):
         """The settings as vLLM's engine arguments."""
         names = ("dtype", "max_model_len", "max_num_seqs", "enable_chunked_prefill", "enable_prefix_caching")
         arguments: dict[str, Any] = {name: getattr(self, name) for name in names}
+        if self.max_model_len is None:
+            del arguments["max_model_len"]
         arguments["max_num_batched_tokens"] = max(self.max_num_batched_tokens, self.max_num_seqs)
         arguments["enforce_eager"] = self.is_eager()
+        arguments |= {"load_format": "safetensors", "trust_remote_code": False}  # never a pickle, never its code
         arguments["kv_cache_memory_bytes"] = int(self.kv_cache_gib * 2**30)
         if not self.skipping:
             arguments["additional_config"] = {SKIPPING_KEY: False}

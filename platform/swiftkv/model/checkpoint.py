@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from swiftkv.errors import CheckpointError
 from swiftkv.families import FAMILIES
-from swiftkv.hf_config import CONFIG_CLASSES
+from swiftkv.hf_config import CONFIG_CLASSES, register_config_classes
 from swiftkv.model.modeling import LlamaSwiftKVForCausalLM
 
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -70,6 +70,7 @@ def load_tokenizer(folder: Path) -> Any:
 
     Raises: CheckpointError if there is none that transformers can load without running code of the folder.
     """
+    register_config_classes()
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
@@ -143,7 +144,8 @@ def _write_older_rope_keys(path: Path) -> None:
     values = json.loads(path.read_text(encoding="utf-8"))
     rope = dict(values["rope_parameters"])
     values["rope_theta"] = rope.pop("rope_theta")
-    values["rope_scaling"] = None if rope.get("rope_type") == "default" else rope
+    if rope.get("rope_type") != "default":
+        values["rope_scaling"] = rope
     path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

@@ -6,7 +6,6 @@ Calls: serving/source.py, serving/ingress.py, ray.serve.llm.
 """
 
 import os
-from typing import Any
 
 from ray import serve
 from ray.serve.llm import LLMConfig, build_llm_deployment
@@ -45,8 +44,8 @@ def build_llm_config(settings: PoolSettings) -> LLMConfig:
         model_loading_config={"model_id": settings.model_id, "model_source": settings.model},
         accelerator_config={"kind": "cpu"},
         placement_group_config={"bundles": [{"CPU": settings.num_cpus}]},
-        engine_kwargs=build_engine_arguments(settings),
-        runtime_env={"env_vars": _build_environment(settings)},
+        engine_kwargs=settings.engine.build_engine_arguments(),
+        runtime_env={"env_vars": build_environment(settings)},
         deployment_config={
             "num_replicas": settings.num_replicas,
             "max_ongoing_requests": settings.max_ongoing_requests,
@@ -59,36 +58,18 @@ def build_llm_config(settings: PoolSettings) -> LLMConfig:
     )
 
 
-def build_engine_arguments(settings: PoolSettings) -> dict[str, Any]:
-    """vLLM's engine arguments for the settings."""
-    eager = settings.enforce_eager
-    if eager is None:
-        from swiftkv.engine.compiler import has_cxx_compiler
-
-        eager = not has_cxx_compiler()
-    arguments = {
-        "dtype": settings.dtype,
-        "kv_cache_memory_bytes": round(settings.kv_cache_gib * 2**30),
-        "max_num_seqs": settings.max_num_seqs,
-        "max_num_batched_tokens": settings.max_num_batched_tokens,
-        "enforce_eager": eager,
-        "load_format": "safetensors",  # never a pickle
-        "trust_remote_code": False,
-    }
-    if settings.max_model_len is not None:
-        arguments["max_model_len"] = settings.max_model_len
-    return arguments
-
-
-def _build_environment(settings: PoolSettings) -> dict[str, str]:
+def build_environment(settings: PoolSettings) -> dict[str, str]:
+    """Environment of the replicas' processes."""
+    engine = settings.engine
     cores = sorted(os.sched_getaffinity(0))
-    num_threads = settings.num_threads or max(1, len(cores) // settings.num_replicas)
-    # vLLM left alone keeps one core for itself: half of a two-core machine. Replicas that share a machine must
-    # not be bound to the same cores.
-    bound = ",".join(str(core) for core in cores[:num_threads])
+    if engine.cpu_cores is None:
+        # vLLM left alone keeps one core for itself: half of a two-core machine. Replicas that share a machine
+        # must not be bound to the same cores.
+        bound = ",".join(map(str, cores)) if settings.num_replicas == 1 else "nobind"
+        engine = engine.model_copy(update={"cpu_cores": bound})
     return {
-        "VLLM_CPU_OMP_THREADS_BIND": bound if settings.num_replicas == 1 else "nobind",
-        "OMP_NUM_THREADS": str(num_threads),
+        **engine.build_environment(),
+        "OMP_NUM_THREADS": str(max(1, len(cores) // settings.num_replicas)),
         "VLLM_CACHE_ROOT": str(home() / "cache" / "vllm"),
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",  # the model is a local folder; nothing may be looked for elsewhere

@@ -1,14 +1,13 @@
-"""What can be set about serving one model from one pool. Holds no defaults of the engine that users need not know.
+"""What can be set about serving one model from one pool. The engine's own settings are in engine/settings.py.
 
 Imports neither ray nor vllm. Does not read the registry: a model is named here and fetched in `source`.
 Called by: serving/app.py (as the typed arguments of a Serve config file), serving/deploy.py, cli/serve.py.
 """
 
-from typing import Literal
-
 from pydantic import Field, model_validator
 
 from swiftkv.config import StrictModel
+from swiftkv.engine.settings import EngineSettings
 
 
 class PoolSettings(StrictModel):
@@ -23,29 +22,11 @@ class PoolSettings(StrictModel):
     store: str | None = None
     """Registry: a folder or an object store's URL. None: the registry folder of the local state."""
 
-    max_model_len: int | None = Field(default=None, ge=1)
-    """Prompt and completion tokens of one request together. None: what the checkpoint's config allows."""
-
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of weights and activations. auto: the checkpoint's own (float32 becomes float16 or bfloat16 in vLLM)."""
-
-    kv_cache_gib: float = Field(default=0.5, gt=0)
-    """GiB of KV cache per replica, allocated at start. 0.5 fits beside everything else into 8 GB."""
-
-    max_num_seqs: int = Field(default=16, ge=1)
-    """Sequences decoded together in one replica. More does not help two cores, and each costs latency."""
-
-    max_num_batched_tokens: int = Field(default=2048, ge=1)
-    """Tokens in one engine step: longer prompts are prefilled in chunks, so that others' decoding goes on."""
-
-    num_threads: int | None = Field(default=None, ge=1)
-    """Compute threads per replica. None: the machine's cores, divided among the replicas."""
+    engine: EngineSettings = EngineSettings(kv_cache_gib=0.5, max_num_seqs=16)
+    """Of each replica's engine. The defaults fit beside everything else into two cores and 8 GB."""
 
     num_cpus: float = Field(default=1, ge=0)
-    """CPUs a replica takes from Ray's count. Scheduling only; `num_threads` is what it really uses."""
-
-    enforce_eager: bool | None = None
-    """True: no compilation, faster start, slower tokens. None: eager only where no C++ compiler works."""
+    """CPUs a replica takes from Ray's count. Scheduling only; `engine.cpu_cores` says what it really uses."""
 
     num_replicas: int = Field(default=1, ge=1)
     """Engines, each with its own weights and KV cache."""
@@ -56,10 +37,10 @@ class PoolSettings(StrictModel):
 
     @model_validator(mode="after")
     def _check_queue(self) -> "PoolSettings":
-        if self.max_ongoing_requests < self.max_num_seqs:
+        if self.max_ongoing_requests < self.engine.max_num_seqs:
             raise ValueError(
-                f"max_ongoing_requests ({self.max_ongoing_requests}) is less than max_num_seqs "
-                f"({self.max_num_seqs}), so the engine could never be full; raise it or lower max_num_seqs"
+                f"max_ongoing_requests ({self.max_ongoing_requests}) is less than engine.max_num_seqs "
+                f"({self.engine.max_num_seqs}), so the engine could never be full; raise it or lower the other"
             )
         return self
 

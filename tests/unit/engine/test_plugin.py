@@ -59,4 +59,15 @@ def test_settings_become_vllms_arguments(skipping: bool) -> None:
     arguments = settings.build_engine_arguments()
     assert arguments["kv_cache_memory_bytes"] == 2**29 and arguments["enforce_eager"] is True
     assert arguments.get("additional_config") == (None if skipping else {SKIPPING_KEY: False})
+    assert arguments["load_format"] == "safetensors" and arguments["trust_remote_code"] is False
     assert settings.build_environment() == {"VLLM_CPU_OMP_THREADS_BIND": "0-1"}
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_the_engine_compiles_only_where_a_compiler_works(works: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from swiftkv.engine.settings import EngineSettings
+
+    monkeypatch.setattr("swiftkv.engine.settings.has_cxx_compiler", lambda: works)
+    assert EngineSettings().is_eager() is not works
+    assert EngineSettings().lacks_compiler() is not works
+    assert EngineSettings(enforce_eager=True).is_eager() and not EngineSettings(enforce_eager=True).lacks_compiler()

@@ -2,34 +2,26 @@
 
 import os
 
-import pytest
-
 from swiftkv.cluster.haproxy import NUM_PORTS, prepare_haproxy
-from swiftkv.serving.app import build_engine_arguments, build_llm_config
+from swiftkv.engine.settings import EngineSettings
+from swiftkv.serving.app import build_llm_config
 from swiftkv.serving.config import PoolSettings
 
 
 def build_settings(**changes):
-    return PoolSettings(**{"model": "/models/tiny", "model_id": "tiny", "enforce_eager": True, **changes})
+    return PoolSettings(**{"model": "/models/tiny", "model_id": "tiny", **changes})
 
 
-def test_engine_arguments_carry_units():
-    arguments = build_engine_arguments(build_settings(kv_cache_gib=0.25, max_model_len=4096))
-    assert arguments["kv_cache_memory_bytes"] == 2**28
-    assert arguments["max_model_len"] == 4096
-    assert "max_model_len" not in build_engine_arguments(build_settings())
+def test_the_engine_s_settings_reach_vllm():
+    engine = {"enforce_eager": True, "kv_cache_gib": 0.25, "max_model_len": 4096}
+    config = build_llm_config(build_settings(engine=engine))
+    assert config.engine_kwargs == EngineSettings(**engine).build_engine_arguments()
+    assert config.engine_kwargs["kv_cache_memory_bytes"] == 2**28
 
 
-def test_no_pickle_and_no_foreign_code_is_ever_loaded():
-    arguments = build_engine_arguments(build_settings())
-    assert arguments["load_format"] == "safetensors"
-    assert arguments["trust_remote_code"] is False
-
-
-@pytest.mark.parametrize("works", [True, False])
-def test_engine_compiles_only_where_a_compiler_works(works, monkeypatch):
-    monkeypatch.setattr("swiftkv.engine.compiler.has_cxx_compiler", lambda: works)
-    assert build_engine_arguments(build_settings(enforce_eager=None))["enforce_eager"] is not works
+def test_bound_cores_are_left_as_set():
+    environment = build_llm_config(build_settings(engine={"cpu_cores": "0"})).runtime_env["env_vars"]
+    assert environment["VLLM_CPU_OMP_THREADS_BIND"] == "0"
 
 
 def test_one_replica_uses_every_core_it_may():

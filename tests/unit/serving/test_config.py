@@ -17,9 +17,9 @@ CONFIG_FILES = sorted((Path(__file__).parents[3] / "deployments" / "serve").glob
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"max_ongoing_requests": 4, "max_num_seqs": 8}, "max_ongoing_requests"),
-        ({"kv_cache_gib": 0}, "kv_cache_gib"),
-        ({"dtype": "int4"}, "bfloat16"),
+        ({"max_ongoing_requests": 4, "engine": {"max_num_seqs": 8}}, "max_ongoing_requests"),
+        ({"engine": {"kv_cache_gib": 0}}, "kv_cache_gib"),
+        ({"engine": {"dtype": "int4"}}, "bfloat16"),
         ({"num_replica": 2}, "num_replicas"),
         ({"model_id": "a b"}, "model_id"),
         ({"model": ""}, "model"),
@@ -35,8 +35,8 @@ def test_endpoint_is_on_loopback_unless_said_otherwise():
 
 
 def test_pool_of_an_endpoint_keeps_every_setting_but_the_endpoint_s():
-    settings = ServeSettings(model="tiny", port=8123, max_num_seqs=4, kv_cache_gib=0.25)
-    assert settings.pool() == PoolSettings(model="tiny", max_num_seqs=4, kv_cache_gib=0.25)
+    settings = ServeSettings(model="tiny", port=8123, engine={"max_num_seqs": 4})
+    assert settings.pool() == PoolSettings(model="tiny", engine={"max_num_seqs": 4})
 
 
 @pytest.mark.parametrize("path", CONFIG_FILES, ids=lambda path: path.name)
