@@ -168,10 +168,10 @@ def test_later_layers_run_only_for_sampled_rows(tmp_path: Path, monkeypatch: pyt
 
 
 def count_rows(model: Any) -> None:
-    """Runs in the worker: note the rows of each half at each step."""
+    """Runs in the worker: note the rows that enter the first and the last layer at each step."""
     model.rows = ([], [])
-    model.model.first_half.register_forward_pre_hook(lambda _, args: model.rows[0].append(len(args[1])))
-    model.model.later_half.register_forward_pre_hook(lambda _, args: model.rows[1].append(len(args[1])))
+    for layer, rows in zip((model.model.layers[0], model.model.layers[-1]), model.rows, strict=True):
+        layer.register_forward_pre_hook(lambda _, args, rows=rows: rows.append(len(args[0])))
 
 
 def read_rows(model: Any) -> tuple[list[int], list[int]]:
