@@ -10,11 +10,12 @@ import sys
 
 import openai
 import pytest
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from fakes import TinyShape, write_student
+from reference import generate_greedy, load_weights
 
 from swiftkv.cluster import choose_ports, find_cluster, find_processes
+from swiftkv.registry.manifest import Provenance
+from swiftkv.registry.registry import Registry
 
 pytestmark = [pytest.mark.cluster, pytest.mark.engine]
 
@@ -32,37 +33,24 @@ def our_home(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
-    """A small Llama with random weights that reads bytes."""
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    letters = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
-    fast.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant: "
-    fast.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(letters),
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=CONTEXT_TOKENS,
-        bos_token_id=0,
-        eos_token_id=1,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+def student(tmp_path_factory):
+    """A small random SwiftKV checkpoint that reads bytes."""
+    shape = TinyShape(max_position_embeddings=CONTEXT_TOKENS)
+    return write_student(tmp_path_factory.mktemp("models") / "tiny", shape, key_value_group_size=3)
 
 
 @pytest.fixture(scope="module")
-def command(our_home, model_folder):
+def published(our_home, student):
+    """The student in the home's registry, which `serve` looks into."""
+    Registry(our_home / "registry").publish(student, "tiny", alias="production", provenance=Provenance())
+    return "tiny@production"
+
+
+@pytest.fixture(scope="module")
+def command(our_home, published):
     """The running `swiftkv serve`, its base URL as `base_url`."""
     (port,) = choose_ports(1)
-    arguments = [str(model_folder), "--port", str(port), "--kv-cache-gib", "0.125", "--eager", "--dtype", "float32"]
+    arguments = [published, "--port", str(port), "--kv-cache-gib", "0.125", "--eager", "--dtype", "float32"]
     process = subprocess.Popen(
         [sys.executable, "-c", PROGRAM, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -113,15 +101,25 @@ def test_streamed_completion_is_the_same_text_with_usage_at_the_end(client):
 def test_chat_uses_the_template_and_streams_the_same(client):
     request = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 12, "temperature": 0}
     whole = client.chat.completions.create(**request)
-    assert whole.usage.prompt_tokens == len("user: hi\nassistant: ")
+    assert whole.usage.prompt_tokens == len(["<|user|>", *"hi\n", "<|assistant|>"])
     chunks = list(client.chat.completions.create(**request, stream=True))
     streamed = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
     assert streamed == whole.choices[0].message.content
 
 
-def test_prompt_logprobs_of_an_ordinary_model(client):
-    answer = client.completions.create(model="tiny", prompt="abc", max_tokens=1, extra_body={"prompt_logprobs": 1})
-    assert len(answer.choices[0].prompt_logprobs) == 3
+@pytest.mark.parametrize("length", [1, 50, 200])
+def test_tokens_are_those_of_the_independent_reference(client, student, length):
+    prompt = "def f(x):\n    return x + 1\n" * 10
+    ids = list(prompt.encode()[:length])
+    body = {"ignore_eos": True, "return_token_ids": True}
+    answer = client.completions.create(model="tiny", prompt=ids, max_tokens=12, temperature=0, extra_body=body)
+    assert answer.choices[0].token_ids == generate_greedy(*load_weights(student), ids, 12)
+
+
+def test_prompt_logprobs_are_refused_while_skipping(client):
+    with pytest.raises(openai.BadRequestError, match="prompt logprobs"):
+        client.completions.create(model="tiny", prompt="abc", max_tokens=1, extra_body={"prompt_logprobs": 1})
+    assert client.completions.create(model="tiny", prompt="abc", max_tokens=1).usage.completion_tokens == 1
 
 
 LONG = "x" * (CONTEXT_TOKENS + 1)
