@@ -47,6 +47,8 @@ def main() -> int:
     arguments = parser.parse_args()
     teacher = arguments.teacher.absolute() if arguments.teacher else None
     os.chdir(CHECKOUT)
+    # Threads that wait by spinning take the cores from whatever else runs on a laptop.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     report = arguments.report or home() / "quickstart" / "report"
     try:
         run(teacher, report)
@@ -76,7 +78,7 @@ def run(teacher: Path | None, report: Path) -> None:
                 _call([sys.executable, HERE / "teacher.py", "--corpus", corpus, "--output", teacher])
         with _stage("distill", stages):
             shutil.rmtree(run_folder, ignore_errors=True)
-            data = f"data.train=[{corpus / 'train.jsonl'}]"
+            data = f"data.train=[{corpus / 'train.jsonl'}, {corpus / 'train_files.jsonl'}]"
             settings = ["--set", f"teacher={teacher}", "--set", data]
             _call([*SWIFTKV, "distill", RECIPE, "--output", run_folder, *settings])
         final, provenance = run_folder / "final", run_folder / "provenance.json"
@@ -116,7 +118,7 @@ def _load_prompts(path: Path, model: Path) -> list[dict[str, Any]]:
     tokenizer = load_tokenizer(model)
     length = min(PROMPT_TOKENS, context - NEW_TOKENS)
     prompts = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8").strip().split("\n"):  # sources hold other line separators
         record = json.loads(line)
         ids = tokenizer(record["prompt"], add_special_tokens=False)["input_ids"][-length:]
         prompts.append({"ids": ids, "text": tokenizer.decode(ids), "expected": record["completion"]})

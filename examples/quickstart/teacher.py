@@ -10,7 +10,7 @@ Shapes: B rows, T tokens, V vocabulary.
 import argparse
 import json
 import math
-import statistics
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -19,9 +19,13 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+# Read once, when torch loads OpenMP. Threads that spin at each barrier made a step over ten times slower where
+# something else used one of the cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.nn import functional
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -36,8 +40,8 @@ CONTEXT_TOKENS = 2048
 STEP_TOKENS = 1024
 """Of a step on rows that are no longer than this; longer rows come one in a step."""
 
-CALIBRATION_STEPS = 8
-"""Steps timed before the number of steps is fixed; the learning rate is still warming up in them."""
+GRACE_FRAC = 0.1
+"""Share of the seconds in which time does not count: a slow first step must not change what is trained."""
 
 EVALUATION_TOKENS = 1536
 EVALUATION_RANGES = {"0-512": (0, 512), "1024-1536": (1024, 1536)}
@@ -50,15 +54,13 @@ class Phase:
 
     steps_frac: float
     row_tokens: int
-    step_cost: float = 1.0
-    """Duration of its steps as a multiple of the first phase's; used to foresee how long training takes."""
 
 
 @dataclass(frozen=True)
 class TrainingSettings:
     """What was found best in about 100 s on two cores; jobs/LOG.md has the table."""
 
-    phases: tuple[Phase, ...] = (Phase(0.88, 256), Phase(0.12, 2048, step_cost=3.5))
+    phases: tuple[Phase, ...] = (Phase(0.88, 256), Phase(0.12, 2048))
     """Short rows are cheap to attend over; the long ones at the end put prompts of 1,500 tokens in distribution."""
     learning_rate: float = 1e-3
     """Peak of AdamW's for the layers' matrices; all rates rise for `warmup_steps` and fall to 0."""
@@ -104,10 +106,14 @@ def train_teacher(
 
     `steps` optimizer steps, or as many as fit in `seconds` if those are fewer; one of the
     two may be None. `config_changes` overrides keys of the model's config, for tests.
-    Raises: ConfigError without steps and seconds; DataError if `corpus` was not written by corpus.py.
+    Raises: ConfigError without steps and seconds, or if one is not above 0; DataError if `corpus` was
+    not written by corpus.py.
     """
     if steps is None and seconds is None:
         raise ConfigError("steps and seconds are both None: nothing ends the training. Give at least one of them.")
+    for name, value in (("steps", steps), ("seconds", seconds)):
+        if value is not None and value <= 0:
+            raise ConfigError(f"{name}: {value} given, a number above 0 is allowed. Give more, or leave it out.")
     tokenizer = _load_tokenizer(corpus)
     torch.manual_seed(seed)
     model = build_model(tokenizer, config_changes or {})
@@ -221,40 +227,45 @@ def _train(
 ) -> tuple[int, int, float]:
     optimizer = _build_optimizer(model, settings)
     model.train()
-    num_steps = steps or sys.maxsize
-    step_s: list[float] = []
     smooth_loss = math.nan
-    num_tokens = 0
+    step, num_tokens, reached = 0, 0, 0.0
     phase: Phase | None = None
+    started = time.monotonic()
     with _build_progress() as progress:
-        task = progress.add_task("training", total=steps, loss=math.nan, speed=0.0)
-        step = 0
-        while step < num_steps:
-            started = time.monotonic()
-            current = _choose_phase(settings.phases, step, num_steps)
+        task = progress.add_task("training", total=1.0, loss=math.nan, speed=0.0, step=0)
+        while reached < 1.0:
+            current = _choose_phase(settings.phases, reached)
             if current != phase:
                 phase, batches = current, rows.iterate_batches(current.row_tokens)
             for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * compute_rate_frac(settings, step, num_steps)
+                group["lr"] = group["peak"] * compute_rate_frac(settings, step, reached)
             batch = next(batches)
             loss = _train_step(model, batch, optimizer, settings.max_gradient_norm, autocast)
-            num_tokens += batch.shape[0] * current.row_tokens
             smooth_loss = loss if math.isnan(smooth_loss) else 0.95 * smooth_loss + 0.05 * loss
             step += 1
-            step_s.append(time.monotonic() - started)
-            if step == CALIBRATION_STEPS and seconds is not None:
-                mean_cost = sum(phase.steps_frac * phase.step_cost for phase in settings.phases)
-                num_steps = min(num_steps, max(step, int(seconds / (mean_cost * statistics.median(step_s)))))
-                progress.update(task, total=num_steps)
-            progress.update(task, completed=step, loss=smooth_loss, speed=num_tokens / sum(step_s))
+            num_tokens += batch.shape[0] * current.row_tokens
+            elapsed_s = time.monotonic() - started
+            reached = compute_reached(step, steps, elapsed_s, seconds)
+            progress.update(task, completed=reached, loss=smooth_loss, speed=num_tokens / elapsed_s, step=step)
     return step, num_tokens, smooth_loss
 
 
-def compute_rate_frac(settings: TrainingSettings, step: int, num_steps: int) -> float:
-    """The share of the peak rates at `step` (from 0): up in a line, level, down in a line to 0 at `num_steps`."""
+def compute_reached(step: int, steps: int | None, elapsed_s: float, seconds: float | None) -> float:
+    """The share of the training that is done after `step` steps, by steps or by time, whichever is more.
+
+    On a machine that is fast enough only the steps count, so that the same steps give the same weights.
+    """
+    by_steps = step / steps if steps is not None else 0.0
+    if seconds is None:
+        return by_steps
+    grace_s = GRACE_FRAC * seconds
+    return max(by_steps, (elapsed_s - grace_s) / (seconds - grace_s))
+
+
+def compute_rate_frac(settings: TrainingSettings, step: int, reached: float) -> float:
+    """The share of the peak rates at `step` (from 0): up in a line, level, down in a line to 0 at the end."""
     warmup = (step + 1) / settings.warmup_steps
-    decay = (num_steps - step) / (settings.decay_frac * num_steps)
-    return min(1.0, warmup, decay)
+    return min(1.0, warmup, (1.0 - reached) / settings.decay_frac)
 
 
 def _train_step(
@@ -334,11 +345,11 @@ def _encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Tensor:
     return torch.tensor(stream)
 
 
-def _choose_phase(phases: tuple[Phase, ...], step: int, num_steps: int) -> Phase:
-    reached = 0.0
+def _choose_phase(phases: tuple[Phase, ...], reached: float) -> Phase:
+    end = 0.0
     for phase in phases:
-        reached += phase.steps_frac
-        if step < reached * num_steps:
+        end += phase.steps_frac
+        if reached < end:
             return phase
     return phases[-1]
 
@@ -359,8 +370,7 @@ def _build_progress() -> Progress:
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}  {task.fields[speed]:,.0f} tokens/s  ETA"),
+        TextColumn("step {task.fields[step]}  loss {task.fields[loss]:.3f}  {task.fields[speed]:,.0f} tokens/s  ETA"),
         TimeRemainingColumn(),
         console=Console(stderr=True),
     )

@@ -92,8 +92,8 @@ def train_worker(settings: dict[str, Any]) -> None:
 
 def build_student(recipe: Recipe) -> LlamaSwiftKVForCausalLM:
     """The recipe's teacher with an untrained student in it, frozen but for the student's projections."""
-    spec = check_inputs(recipe)
-    model = convert_teacher(recipe.teacher, spec.num_key_value_layers, spec.key_value_group_size)
+    cut = recipe.cut
+    model = convert_teacher(recipe.teacher, cut.num_key_value_layers, cut.key_value_group_size)
     freeze_teacher(model)
     return model
 

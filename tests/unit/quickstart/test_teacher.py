@@ -76,14 +76,23 @@ def test_the_full_size_is_four_to_eight_million_parameters(teacher_script: Modul
 def test_fewer_seconds_than_the_steps_need_shorten_the_training(
     teacher_script: ModuleType, corpus_folder: Path, tmp_path: Path
 ) -> None:
-    summary = teacher_script.train_teacher(corpus_folder, tmp_path, 0.0, 1000, config_changes=TINY)
-    assert summary.num_steps == teacher_script.CALIBRATION_STEPS
+    summary = teacher_script.train_teacher(corpus_folder, tmp_path, 0.5, 100_000, config_changes=TINY)
+    assert 1 <= summary.num_steps < 1000
+
+
+def test_time_counts_only_where_the_machine_is_too_slow(teacher_script: ModuleType) -> None:
+    reach = teacher_script.compute_reached
+    assert reach(70, 700, 15.0, 150.0) == 0.1 == reach(70, 700, 1e9, None)
+    assert reach(1, 700, 14.9, 150.0) == 1 / 700  # a slow first step
+    assert reach(10, 700, 150.0, 150.0) == 1.0 == reach(700, 700, 1.0, 150.0)
+    # A slow start is made up for: what was slow once does not shorten what follows.
+    assert reach(400, 700, 60.0, 150.0) == 400 / 700
 
 
 def test_rows_begin_with_the_begin_token_and_hold_every_text_once(teacher_script: ModuleType) -> None:
     files, chats = torch.arange(1000, 1000 + 3 * 2048), torch.full((2048,), 7)
     batches = teacher_script.RowSource(files, chats, 4, 1, seed=0).iterate_batches(256)
-    batch = torch.cat([next(batches), next(batches), next(batches), next(batches)])
+    batch = torch.cat([next(batches) for _ in range(8)])
     assert batch.shape == (32, 257) and bool((batch[:, 0] == 1).all())
     is_chat = (batch[:, 1:] == 7).all(dim=1)
     assert is_chat.tolist() == [False, False, False, True] * 8
@@ -99,7 +108,7 @@ def test_chats_are_whole_functions_cut_at_a_line_end(teacher_script: ModuleType)
 
 def test_the_learning_rate_rises_and_falls_to_zero(teacher_script: ModuleType) -> None:
     settings = teacher_script.TrainingSettings()
-    rates = [teacher_script.compute_rate_frac(settings, step, 400) for step in range(401)]
+    rates = [teacher_script.compute_rate_frac(settings, step, step / 400) for step in range(401)]
     assert rates[-1] == 0 and max(rates) == 1
     assert rates[: settings.warmup_steps] == sorted(rates[: settings.warmup_steps]) and rates[0] < 0.1
     assert rates[200:] == sorted(rates[200:], reverse=True) and rates[200] < 1
@@ -108,5 +117,7 @@ def test_the_learning_rate_rises_and_falls_to_zero(teacher_script: ModuleType) -
 def test_what_cannot_work_is_refused(teacher_script: ModuleType, corpus_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="steps and seconds are both None"):
         teacher_script.train_teacher(corpus_folder, tmp_path, None, None)
+    with pytest.raises(ConfigError, match="steps: 0 given"):
+        teacher_script.train_teacher(corpus_folder, tmp_path, None, 0)
     with pytest.raises(DataError, match=r"corpus\.py"):
         teacher_script.train_teacher(tmp_path, tmp_path / "model")
