@@ -24,7 +24,7 @@ from memory import MemoryWatch
 from report import write_report
 
 from swiftkv.cluster import choose_ports
-from swiftkv.config import home
+from swiftkv.config import home, keep_caches_at_home
 from swiftkv.errors import SwiftKVError
 
 HERE = Path(__file__).parent
@@ -49,6 +49,7 @@ def main() -> int:
     os.chdir(CHECKOUT)
     # Threads that wait by spinning take the cores from whatever else runs on a laptop.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    keep_caches_at_home()
     report = arguments.report or home() / "quickstart" / "report"
     try:
         run(teacher, report)

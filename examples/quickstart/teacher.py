@@ -32,8 +32,8 @@ from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForC
 
 from swiftkv.errors import ConfigError, DataError, SwiftKVError
 
-NUM_STEPS = 700
-MAX_SECONDS = 150.0
+NUM_STEPS = 500
+MAX_SECONDS = 100.0
 """Training is shortened, not the machine's owner kept waiting, where NUM_STEPS would take longer."""
 
 CONTEXT_TOKENS = 2048

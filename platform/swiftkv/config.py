@@ -56,6 +56,16 @@ def home() -> Path:
     return Path(os.environ.get("SWIFTKV_HOME", ".swiftkv")).absolute()
 
 
+def keep_caches_at_home() -> None:
+    """Compiled kernels go where `make clean` finds them, and nobody is told what runs here.
+
+    For this process and those it starts; what the user has set stays.
+    """
+    os.environ.setdefault("VLLM_CACHE_ROOT", str(home() / "cache" / "vllm"))
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(home() / "cache" / "inductor"))
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+
 def _describe(error: ValidationError, settings_class: type[BaseModel]) -> str:
     lines = []
     for problem in error.errors(include_url=False):

@@ -6,6 +6,7 @@ Calls: cluster, Ray's job submission client.
 """
 
 import asyncio
+import logging
 import os
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -64,7 +65,8 @@ def stop_job(cluster: Cluster, job_id: str) -> None:
 
 
 def _follow_log(client: Any, job_id: str) -> Iterator[str]:
-    # The client tails through an asynchronous websocket; every caller of ours is synchronous.
+    # The client tails through an asynchronous websocket, of whose end it tells; every caller of ours is synchronous.
+    logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)
     loop = asyncio.new_event_loop()
     chunks = client.tail_job_logs(job_id)
     try:

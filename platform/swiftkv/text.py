@@ -19,29 +19,34 @@ Rows = npt.NDArray[np.int32]
 _DOCUMENTS_PER_BATCH = 512
 
 
-def build_rows(tokenizer: Any, files: list[Path], text_column: str, row_tokens: int, max_rows: int) -> Rows:
-    """Documents tokenised and packed end to end, an end token after each; the last partial row is dropped.
+def build_rows(tokenizer: Any, files: list[Path], text_column: str, row_tokens: int) -> Rows:
+    """All documents tokenised and packed end to end, an end token after each; the last partial row is dropped.
 
-    Stops reading once there are `max_rows`.
     Raises: DataError if a file is missing or malformed, or holds too little text for one row.
     """
     end_token = tokenizer.eos_token_id
     if end_token is None:
         raise DataError("The tokenizer has no end token, which separates documents. Set eos_token in its folder.")
-    tokens: list[int] = []
-    for batch in _batched(read_texts(files, text_column), _DOCUMENTS_PER_BATCH):
-        for ids in tokenizer(batch, add_special_tokens=False)["input_ids"]:
-            tokens.extend(ids)
-            tokens.append(end_token)
-        if len(tokens) >= max_rows * row_tokens:
-            break
-    num_rows = min(len(tokens) // row_tokens, max_rows)
+    documents = [
+        np.asarray([*ids, end_token], dtype=np.int32)
+        for batch in _batched(read_texts(files, text_column), _DOCUMENTS_PER_BATCH)
+        for ids in tokenizer(batch, add_special_tokens=False)["input_ids"]
+    ]
+    tokens = np.concatenate(documents) if documents else np.empty(0, dtype=np.int32)
+    num_rows = len(tokens) // row_tokens
     if num_rows == 0:
         raise DataError(
             f"{', '.join(map(str, files))}: {len(tokens)} tokens, less than one row of {row_tokens}. "
-            "Give more text, or a smaller data.row_tokens."
+            "Give more text, or shorter rows."
         )
-    return np.asarray(tokens[: num_rows * row_tokens], dtype=np.int32).reshape(num_rows, row_tokens)
+    return tokens[: num_rows * row_tokens].reshape(num_rows, row_tokens)
+
+
+def choose_evenly(rows: Rows, max_rows: int) -> Rows:
+    """At most `max_rows` of the rows, spread over all of them."""
+    if len(rows) <= max_rows:
+        return rows
+    return rows[np.linspace(0, len(rows) - 1, max_rows).round().astype(int)]
 
 
 def read_texts(files: list[Path], text_column: str) -> Iterator[str]:

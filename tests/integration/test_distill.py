@@ -52,6 +52,7 @@ def inputs(home: Path) -> list[str]:
         "data.row_tokens": 128,
         "training.steps": 12,
         "training.rows_per_step": 4,
+        "training.precision": "float32",
     }
     return [word for key, value in values.items() for word in ("--set", f"{key}={value}")]
 

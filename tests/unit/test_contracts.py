@@ -344,3 +344,24 @@ def _python(*arguments: str) -> str:
     finished = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert finished.returncode == 0, finished.stderr
     return finished.stdout
+
+
+# The wheel.
+
+
+def test_the_wheel_holds_the_package_its_command_and_its_plugin(tmp_path: Path) -> None:
+    from zipfile import ZipFile
+
+    _python("-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path))
+    (wheel,) = tmp_path.glob("*.whl")
+    with ZipFile(wheel) as archive:
+        names = archive.namelist()
+        (entry_points,) = (archive.read(name).decode() for name in names if name.endswith("entry_points.txt"))
+    assert {name.split("/")[0] for name in names if not name.endswith("/")} == {
+        "swiftkv",
+        next(name.split("/")[0] for name in names if ".dist-info" in name),
+    }
+    sources = {str(path.relative_to(SOURCE)) for path in _modules_below(PACKAGE)}
+    assert sources <= set(names)
+    assert "swiftkv = swiftkv.cli.main:main" in entry_points
+    assert "[vllm.general_plugins]\nswiftkv = swiftkv.engine.plugin:register" in entry_points

@@ -8,7 +8,7 @@ from fakes import END_ID, write_tokenizer
 
 from swiftkv.errors import DataError
 from swiftkv.model.checkpoint import load_tokenizer
-from swiftkv.text import build_rows
+from swiftkv.text import build_rows, choose_evenly
 
 
 @pytest.fixture
@@ -25,10 +25,11 @@ def test_rows_hold_the_documents_end_to_end(tokenizer: object, tmp_path: Path) -
     texts = ["def f():\n    return 1", "é", "x" * 40]
     files = write_lines(tmp_path / "a.jsonl", *({"text": text} for text in texts))
     stream = [token for text in texts for token in [*text.encode(), END_ID]]
-    rows = build_rows(tokenizer, files, "text", row_tokens=16, max_rows=100)
+    rows = build_rows(tokenizer, files, "text", row_tokens=16)
     assert rows.shape == (len(stream) // 16, 16)
     assert rows.flatten().tolist() == stream[: rows.size]
-    assert build_rows(tokenizer, files, "text", 16, max_rows=2).tolist() == rows[:2].tolist()
+    assert choose_evenly(rows, 2).tolist() == [rows[0].tolist(), rows[-1].tolist()]
+    assert choose_evenly(rows, 99) is rows
 
 
 @pytest.mark.parametrize(
@@ -44,9 +45,9 @@ def test_rows_hold_the_documents_end_to_end(tokenizer: object, tmp_path: Path) -
 )
 def test_bad_text_is_refused_by_place(tokenizer: object, tmp_path: Path, lines: list[object], message: str) -> None:
     with pytest.raises(DataError, match=message):
-        build_rows(tokenizer, write_lines(tmp_path / "a.jsonl", *lines), "text", 16, 10)
+        build_rows(tokenizer, write_lines(tmp_path / "a.jsonl", *lines), "text", 16)
 
 
 def test_a_missing_file_is_named(tokenizer: object, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="gone.jsonl: no such file"):
-        build_rows(tokenizer, [tmp_path / "gone.jsonl"], "text", 16, 10)
+        build_rows(tokenizer, [tmp_path / "gone.jsonl"], "text", 16)

@@ -31,9 +31,9 @@ def evaluate(
         raise ConfigError(f"{provenance}: no such file. Give the provenance.json of the run's folder, or none.")
     from swiftkv.model.checkpoint import load_student, load_tokenizer
     from swiftkv.model.convert import initialise_student
-    from swiftkv.text import build_rows
+    from swiftkv.text import build_rows, choose_evenly
 
-    rows = build_rows(load_tokenizer(folder), data, text_column, row_tokens, max_rows)
+    rows = choose_evenly(build_rows(load_tokenizer(folder), data, text_column, row_tokens), max_rows)
     student = load_student(folder)
     after = _compare(student, rows, "after distillation")
     initialise_student(student)

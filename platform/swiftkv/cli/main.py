@@ -3,7 +3,6 @@
 Turns errors that a user can cause into one message and exit status 2. Called by: the `swiftkv` script.
 """
 
-import os
 import sys
 
 import typer
@@ -14,7 +13,7 @@ from swiftkv.cli.distill import distill
 from swiftkv.cli.evaluate import evaluate
 from swiftkv.cli.models import models_app, publish
 from swiftkv.cli.serve import serve
-from swiftkv.config import home
+from swiftkv.config import keep_caches_at_home
 from swiftkv.errors import SwiftKVError
 
 app = typer.Typer(
@@ -31,7 +30,7 @@ app.add_typer(bench_app, name="bench")
 
 def main() -> None:
     """Run the command line; exit status 2 for what the user can mend, 130 for Ctrl-C."""
-    _keep_caches_at_home()
+    keep_caches_at_home()
     try:
         app()
     except SwiftKVError as error:
@@ -40,10 +39,3 @@ def main() -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-
-
-def _keep_caches_at_home() -> None:
-    """Compiled kernels go where `make clean` finds them, and nobody is told what runs here."""
-    os.environ.setdefault("VLLM_CACHE_ROOT", str(home() / "cache" / "vllm"))
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(home() / "cache" / "inductor"))
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")

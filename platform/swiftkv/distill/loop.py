@@ -125,7 +125,7 @@ def _take_step(
     recipe: Recipe,
 ) -> dict[str, float]:
     mask_BT = torch.ones_like(input_ids_BT, dtype=torch.bool)
-    bfloat16 = recipe.training.precision == "bfloat16"
+    bfloat16 = _uses_bfloat16(recipe.training.precision, input_ids_BT.device)
     with torch.autocast(input_ids_BT.device.type, torch.bfloat16, enabled=bfloat16):
         # Rows are full, so every worker has as many positions, and the mean of their gradients is the batch's.
         losses = step(input_ids_BT, mask_BT, num_positions=input_ids_BT.numel())
@@ -134,6 +134,15 @@ def _take_step(
     torch.nn.utils.clip_grad_norm_(trained, recipe.training.max_gradient_norm)
     optimizer.step()
     return {name: float(loss.detach()) for name, loss in losses.items()}
+
+
+def _uses_bfloat16(precision: str, device: torch.device) -> bool:
+    if precision != "auto":
+        return precision == "bfloat16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    processor = torch.cpu.get_capabilities()
+    return bool(processor.get("avx512_bf16") or processor.get("amx_bf16"))
 
 
 class _LogWindow:
@@ -178,8 +187,7 @@ def _ignore(_: Progress) -> None:
 
 def _prepare_rows(recipe: Recipe, path: Path) -> Rows:
     tokenizer = load_tokenizer(recipe.teacher)
-    max_rows = recipe.training.steps * recipe.training.rows_per_step
-    rows = build_rows(tokenizer, recipe.data.train, recipe.data.text_column, recipe.data.row_tokens, max_rows)
+    rows = build_rows(tokenizer, recipe.data.train, recipe.data.text_column, recipe.data.row_tokens)
     np.save(path, rows)
     return rows
 

@@ -50,8 +50,9 @@ class TrainingSettings(StrictModel):
     """Softens both distributions in the logits loss."""
     hidden_loss_weight: float = Field(default=1.0, ge=0)
     """Weight of the mean squared error of the second-to-last layer's output; 0 leaves it out."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Of matrix products (autocast); weights and optimizer state stay float32."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of matrix products (autocast); weights and optimizer state stay float32. auto: bfloat16 where the device
+    multiplies it itself, which is about twice as fast."""
     seed: int = 0
     """Of the order of rows."""
     log_every_steps: int = Field(default=5, ge=1)

@@ -25,7 +25,13 @@ def recipe(tmp_path: Path) -> Recipe:
             "teacher": str(write_teacher(tmp_path / "teacher")),
             "cut": {"num_key_value_layers": 2, "key_value_group_size": 2},
             "data": {"train": ["unused.jsonl"], "row_tokens": 32},
-            "training": {"steps": 20, "rows_per_step": 4, "learning_rate": 5e-3, "log_every_steps": 1},
+            "training": {
+                "steps": 20,
+                "rows_per_step": 4,
+                "learning_rate": 5e-3,
+                "log_every_steps": 1,
+                "precision": "float32",
+            },
             "workers": {"num_workers": 1},
         }
     )
@@ -109,3 +115,10 @@ def test_wrong_recipes_say_what_is_allowed(recipe: Recipe, tmp_path: Path, key: 
 def test_an_override_needs_a_value() -> None:
     with pytest.raises(ConfigError, match="expected KEY=VALUE"):
         parse_overrides(["training.steps"])
+
+
+def test_bfloat16_follows_the_curve_of_float32(recipe: Recipe) -> None:
+    bfloat16 = recipe.model_copy(update={"training": recipe.training.model_copy(update={"precision": "bfloat16"})})
+    for measured, expected in zip(run(bfloat16), run(recipe), strict=True):
+        assert measured.loss == pytest.approx(expected.loss, rel=0.05)
+        assert measured.loss != expected.loss
