@@ -48,6 +48,6 @@ lock:  ## Resolve requirements/cpu.txt again from pyproject.toml (UPGRADE=1 take
 	@$(call run_python,scripts/lock.py $(if $(UPGRADE),--upgrade))
 
 clean:  ## Stop what was started here and remove everything that was made here
-	@if [ -x $(BIN)/swiftkv ]; then $(BIN)/swiftkv down || true; fi
+	@if [ -x $(BIN)/swiftkv ]; then $(BIN)/swiftkv down; fi
 	@rm -rf .venv .swiftkv runs build dist .pytest_cache .mypy_cache .ruff_cache
 	@find . -name .git -prune -o \( -name __pycache__ -o -name '*.egg-info' \) -type d -prune -exec rm -rf {} +

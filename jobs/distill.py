@@ -1,7 +1,7 @@
 """Distill a SwiftKV student from a teacher, as a Ray job.
 
     swiftkv distill jobs/recipes/NAME.yaml --output runs/NAME
-    ray job submit --working-dir . -- python jobs/distill.py jobs/recipes/NAME.yaml --output runs/NAME
+    ray job submit -- python jobs/distill.py RECIPE --output FOLDER      # paths that every node can see
 
 The recipe is checked before anything heavy is imported. `--dry-run` prints it resolved and ends.
 Calls: swiftkv/distill/loop.py.

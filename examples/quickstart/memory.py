@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-from swiftkv.cluster import find_cluster, find_processes
+from swiftkv.cluster import find_processes, read_record
 
 _PERIOD_S = 2.0
 
@@ -37,7 +37,7 @@ class MemoryWatch:
 def _measure() -> int:
     ourselves = psutil.Process()
     processes = {process.pid for process in (ourselves, *ourselves.children(recursive=True))}
-    cluster = find_cluster()
+    cluster = read_record()
     if cluster is not None:
         processes |= {process.pid for process in find_processes(cluster)}
     return sum(_read_pss_bytes(pid) for pid in processes)

@@ -21,11 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from memory import MemoryWatch
+from openai import OpenAI, OpenAIError
 from report import write_report
 
-from swiftkv.cluster import choose_ports
+from swiftkv.cluster import choose_ports, find_cluster
 from swiftkv.config import home, keep_caches_at_home
-from swiftkv.errors import SwiftKVError
+from swiftkv.errors import ClusterError, SwiftKVError
 
 HERE = Path(__file__).parent
 CHECKOUT = HERE.parents[1]
@@ -46,17 +47,18 @@ def main() -> int:
     parser.add_argument("--report", type=Path, help="folder for the report; default: .swiftkv/quickstart/report")
     arguments = parser.parse_args()
     teacher = arguments.teacher.absolute() if arguments.teacher else None
+    report = arguments.report.absolute() if arguments.report else None
     os.chdir(CHECKOUT)
     # Threads that wait by spinning take the cores from whatever else runs on a laptop.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     keep_caches_at_home()
-    report = arguments.report or home() / "quickstart" / "report"
+    report = report or home() / "quickstart" / "report"
     try:
         run(teacher, report)
     except subprocess.CalledProcessError as error:
         print(f"\nquickstart: failed at: {shlex.join(map(str, error.cmd))}", file=sys.stderr)
         return error.returncode or 1
-    except SwiftKVError as error:
+    except (SwiftKVError, OpenAIError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print("quickstart: ok")
@@ -67,6 +69,8 @@ def run(teacher: Path | None, report: Path) -> None:
     """All steps in order; what was started is stopped, whatever happens."""
     if teacher is not None:
         _check_teacher(teacher)
+    if find_cluster() is not None:
+        raise ClusterError("something is being served or distilled from here. Stop it first: swiftkv down")
     work = home() / "quickstart"
     corpus, run_folder = work / "corpus", work / "run"
     stages: dict[str, float] = {}
@@ -104,11 +108,10 @@ def run(teacher: Path | None, report: Path) -> None:
 
 def _check_teacher(folder: Path) -> None:
     """Refuse a teacher that cannot be distilled before anything long is started."""
-    from swiftkv.families import find_teacher_family
-    from swiftkv.model.checkpoint import load_tokenizer, read_config
+    from swiftkv.distill.inputs import check_inputs
+    from swiftkv.distill.recipe import load_recipe
 
-    find_teacher_family(read_config(folder).get("model_type"))
-    load_tokenizer(folder)
+    check_inputs(load_recipe(Path(RECIPE), {"teacher": str(folder), "data.train": f"[{RECIPE}]"}))
 
 
 def _load_prompts(path: Path, model: Path) -> list[dict[str, Any]]:
@@ -122,15 +125,14 @@ def _load_prompts(path: Path, model: Path) -> list[dict[str, Any]]:
     for line in path.read_text(encoding="utf-8").strip().split("\n"):  # sources hold other line separators
         record = json.loads(line)
         ids = tokenizer(record["prompt"], add_special_tokens=False)["input_ids"][-length:]
-        prompts.append({"ids": ids, "text": tokenizer.decode(ids), "expected": record["completion"]})
+        text, has_chat = tokenizer.decode(ids), bool(tokenizer.chat_template)
+        prompts.append({"ids": ids, "text": text, "expected": record["completion"], "has_chat": has_chat})
     prompts.sort(key=lambda prompt: -len(prompt["ids"]))
     return prompts[:NUM_PROMPTS]
 
 
 def _serve_and_call(prompt: dict[str, Any]) -> dict[str, str]:
     """Serve the published version and call every route once with the official client."""
-    from openai import OpenAI
-
     port = choose_ports(1)[0]
     try:
         _call([*SWIFTKV, "serve", f"{NAME}@production", "--port", port, "--detach"])
@@ -138,20 +140,25 @@ def _serve_and_call(prompt: dict[str, Any]) -> dict[str, str]:
         models = [model.id for model in client.models.list()]
         assert models == [NAME], f"/v1/models lists {models}"
         settings: dict[str, Any] = {"model": NAME, "max_tokens": NEW_TOKENS, "temperature": 0}
-        completion = client.completions.create(prompt=prompt["text"], **settings)
-        streamed = client.completions.create(prompt=prompt["text"], stream=True, **settings)
+        completion = client.completions.create(prompt=prompt["ids"], **settings)
+        streamed = client.completions.create(prompt=prompt["ids"], stream=True, **settings)
         text = "".join(chunk.choices[0].text for chunk in streamed if chunk.choices)
         assert text == completion.choices[0].text, "the stream and the whole answer differ"
-        messages: Any = [{"role": "user", "content": "def read_lines(path):"}]
-        chat = client.chat.completions.create(messages=messages, **settings)
-        chunks = list(client.chat.completions.create(messages=messages, stream=True, **settings))
-        assert len(chunks) > 1, "the chat stream came in one piece"
+        chat = _chat(client, settings) if prompt["has_chat"] else "(the teacher has no chat template)"
     finally:
         _call([*SWIFTKV, "down"])
     assert completion.usage is not None
     print(f"prompt: {completion.usage.prompt_tokens} tokens, ending in\n{prompt['text'][-200:]}")
     print(f"--- answer\n{text}\n--- the file went on\n{prompt['expected'][:200]}")
-    return {"completion": text, "chat": chat.choices[0].message.content or ""}
+    return {"completion": text, "chat": chat}
+
+
+def _chat(client: OpenAI, settings: dict[str, Any]) -> str:
+    messages: Any = [{"role": "user", "content": "def read_lines(path):"}]
+    whole = client.chat.completions.create(messages=messages, **settings)
+    chunks = list(client.chat.completions.create(messages=messages, stream=True, **settings))
+    assert len(chunks) > 1, "the chat stream came in one piece"
+    return whole.choices[0].message.content or ""
 
 
 def _measure(teacher: Path, prompts: list[dict[str, Any]]) -> dict[str, Any]:

@@ -42,13 +42,28 @@ def load_yaml(path: Path, settings_class: type[Settings]) -> Settings:
 
     Raises: ConfigError if the file is missing, is not YAML, or holds an unknown key or a wrong value.
     """
+    return parse_settings(read_yaml(path), settings_class, str(path))
+
+
+def read_yaml(path: Path) -> Any:
+    """The values in the YAML file at `path`.
+
+    Raises: ConfigError if the file is missing or is not YAML.
+    """
     if not path.is_file():
         raise ConfigError(f"{path}: no such file. Give the path of a YAML file.")
+    return parse_yaml(path.read_text(encoding="utf-8"), str(path))
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """The values in YAML text.
+
+    Raises: ConfigError naming `source` if it is not YAML.
+    """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from None
-    return parse_settings(values, settings_class, str(path))
+        raise ConfigError(f"{source}: not valid YAML: {error}") from None
 
 
 def home() -> Path:

@@ -17,8 +17,6 @@ class Family:
 
     teacher_model_type: str
     """`model_type` of the teacher's config.json."""
-    teacher_architecture: str
-    """Hugging Face class of the teacher."""
     model_type: str
     """`model_type` of the SwiftKV checkpoint."""
     architecture: str
@@ -29,7 +27,7 @@ class Family:
         return bool(getattr(config, "attention_bias", False))
 
 
-_ROWS = (Family("llama", "LlamaForCausalLM", "llama_swiftkv", "LlamaSwiftKVForCausalLM"),)
+_ROWS = (Family("llama", "llama_swiftkv", "LlamaSwiftKVForCausalLM"),)
 
 FAMILIES: Mapping[str, Family] = {family.model_type: family for family in _ROWS}
 """SwiftKV `model_type` -> family."""

@@ -56,7 +56,7 @@ def read_texts(files: list[Path], text_column: str) -> Iterator[str]:
     """
     for file in files:
         if not file.is_file():
-            raise DataError(f"{file}: no such file. Check data.train in the recipe.")
+            raise DataError(f"{file}: no such file. Check the data files given.")
         with file.open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, start=1):
                 yield _read_text(line, text_column, f"{file}:{number}")
@@ -70,9 +70,7 @@ def _read_text(line: str, text_column: str, place: str) -> str:
         raise DataError(f"{place}: not valid JSON ({error}). Give one JSON object per line.") from None
     except (KeyError, TypeError):
         columns = ", ".join(record) if isinstance(record, dict) else f"none: it is a {type(record).__name__}"
-        raise DataError(
-            f"{place}: no column {text_column!r}; there are: {columns}. Set data.text_column in the recipe."
-        ) from None
+        raise DataError(f"{place}: no column {text_column!r}; there are: {columns}. Set text_column.") from None
     if not isinstance(text, str):
         raise DataError(f"{place}: column {text_column!r} holds a {type(text).__name__}; give text.")
     return text

@@ -78,14 +78,6 @@ def test_pytorch_index_is_named_in_one_file() -> None:
     assert [name for name in files if host.encode() in (REPOSITORY / name).read_bytes()] == ["scripts/setup.py"]
 
 
-def test_platform_folder_is_not_a_package() -> None:
-    assert not (REPOSITORY / "platform" / "__init__.py").exists()
-    source = "import platform; print(platform.__file__)"
-    command = [sys.executable, "-c", source]
-    found = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
-    assert not found.startswith(str(REPOSITORY / "platform"))
-
-
 def test_scripts_run_on_the_oldest_python_that_a_user_may_have(scripts: Path) -> None:
     for name in ("setup.py", "machine.py", "pip_runner.py"):
         ast.parse((scripts / name).read_text(), feature_version=(3, 8))

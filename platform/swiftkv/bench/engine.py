@@ -115,7 +115,7 @@ def describe_hardware() -> str:
 
 
 def check_skipping(student: Path, prompts: Prompts, new_tokens: int, settings: EngineSettings) -> bool:
-    """Whether the student gives the same greedy tokens with and without skipping, in one mixed batch."""
+    """Whether the student gives the same greedy tokens with and without skipping, in one batch of all prompts."""
     tokens = []
     for skipping in (True, False):
         with run_engine(student, settings.model_copy(update={"skipping": skipping})) as llm:

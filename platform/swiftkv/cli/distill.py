@@ -57,6 +57,7 @@ def _use_cluster(num_cpus: int) -> Iterator[Cluster]:
     """The own cluster that is running, or one for this command alone."""
     cluster = find_cluster()
     if cluster is not None:
+        typer.echo("using the Ray cluster that is running; the job waits until enough of its CPUs are free", err=True)
         yield cluster
         return
     typer.echo("starting a Ray cluster", err=True)

@@ -61,7 +61,7 @@ def _compare(student: Any, rows: Any, title: str) -> "Comparison":
 
     from swiftkv.evaluate.compare import compare_with_teacher, split_batches
 
-    batches = track(split_batches(rows), title, console=Console(stderr=True))
+    batches = track(split_batches(rows, student.config.vocab_size), title, console=Console(stderr=True))
     return compare_with_teacher(student, batches)
 
 

@@ -3,7 +3,16 @@
 Called by: cli, jobs.py, serving/deploy.py.
 """
 
-from swiftkv.cluster.lifecycle import Cluster, find_cluster, find_processes, start_cluster, stop_cluster
+from swiftkv.cluster.lifecycle import Cluster, find_cluster, find_processes, read_record, start_cluster, stop_cluster
 from swiftkv.cluster.ports import choose_ports, is_port_free
 
-__all__ = ["Cluster", "choose_ports", "find_cluster", "find_processes", "is_port_free", "start_cluster", "stop_cluster"]
+__all__ = [
+    "Cluster",
+    "choose_ports",
+    "find_cluster",
+    "find_processes",
+    "is_port_free",
+    "read_record",
+    "start_cluster",
+    "stop_cluster",
+]

@@ -106,10 +106,8 @@ def start_cluster(num_cpus: int | None = None, object_store_bytes: int = 200_000
 
 def find_cluster() -> Cluster | None:
     """Our running cluster, or None. What a dead one left behind (processes, folder, record) is removed."""
-    try:
-        cluster = Cluster.model_validate_json(_record_path().read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        _record_path().unlink(missing_ok=True)
+    cluster = read_record()
+    if cluster is None:
         return None
     # The mark, not the pid alone: after a restart of the machine the pid belongs to someone else.
     if get_mark(cluster.pid) == str(cluster.folder):
@@ -128,7 +126,16 @@ def stop_cluster(cluster: Cluster) -> None:
     if left:
         raise ClusterError(f"could not end processes {[p.pid for p in left]} of the cluster in {cluster.folder}.")
     shutil.rmtree(cluster.folder, ignore_errors=True)
-    _record_path().unlink(missing_ok=True)
+    if read_record() == cluster:
+        _record_path().unlink(missing_ok=True)
+
+
+def read_record() -> Cluster | None:
+    """The cluster that was started last and not stopped, running or not. Changes nothing."""
+    try:
+        return Cluster.model_validate_json(_record_path().read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def find_processes(cluster: Cluster) -> list[psutil.Process]:
@@ -239,7 +246,9 @@ def _record_path() -> Path:
 
 
 def _write_record(cluster: Cluster) -> None:
-    _record_path().write_text(json.dumps(cluster.model_dump(mode="json"), indent=2) + "\n", encoding="utf-8")
+    partial = _record_path().with_suffix(".partial")
+    partial.write_text(json.dumps(cluster.model_dump(mode="json"), indent=2) + "\n", encoding="utf-8")
+    partial.replace(_record_path())  # nobody reads half a record
 
 
 @contextmanager

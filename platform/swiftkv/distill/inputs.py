@@ -7,7 +7,7 @@ from pathlib import Path
 
 from swiftkv.distill.recipe import Recipe
 from swiftkv.errors import ConfigError, DataError
-from swiftkv.model.checkpoint import read_config
+from swiftkv.model.checkpoint import load_tokenizer, read_config
 from swiftkv.model.convert import resolve_cut
 from swiftkv.spec import SwiftKVSpec
 
@@ -19,6 +19,16 @@ def check_inputs(recipe: Recipe) -> SwiftKVSpec:
     data file is missing.
     """
     spec = resolve_cut(recipe.teacher, recipe.cut.num_key_value_layers, recipe.cut.key_value_group_size)
+    if not spec.num_later_layers:
+        raise ConfigError(
+            f"cut.num_key_value_layers is {spec.num_key_value_layers}, all of the teacher's layers: nothing would be "
+            "skipped or trained. Choose fewer."
+        )
+    if load_tokenizer(recipe.teacher).eos_token_id is None:
+        raise DataError(
+            f"{recipe.teacher}: its tokenizer has no end token, which separates documents. "
+            "Set eos_token in its tokenizer_config.json."
+        )
     context = int(read_config(recipe.teacher).get("max_position_embeddings") or recipe.data.row_tokens)
     if recipe.data.row_tokens > context:
         raise ConfigError(

@@ -43,8 +43,11 @@ def run_distillation(recipe: Recipe, run_folder: Path) -> Path:
     """
     final = run_folder / "final"
     check_run_folder(run_folder)
+    recipe = _make_absolute(recipe)
     spec = check_inputs(recipe)
     run_folder.mkdir(parents=True, exist_ok=True)
+    # A run that was killed: Ray Train would take up its checkpoints, which belong to another start.
+    shutil.rmtree(run_folder / "ray", ignore_errors=True)
     save_recipe(recipe, run_folder / "recipe.yaml")
     rows = _prepare_rows(recipe, run_folder / "rows.npy")
     print(
@@ -65,8 +68,10 @@ def run_distillation(recipe: Recipe, run_folder: Path) -> Path:
     )
     result = trainer.fit()
     assert result.checkpoint is not None, "the last step reports a checkpoint"
-    _keep_final(result.checkpoint, final)
     _write_provenance(recipe, run_folder, spec, time.monotonic() - started)
+    _keep_final(result.checkpoint, final)
+    shutil.rmtree(run_folder / "ray")
+    (run_folder / "rows.npy").unlink()
     return final
 
 
@@ -85,7 +90,7 @@ def train_worker(settings: dict[str, Any]) -> None:
     if rank != 0:
         ray.train.report({})
         return
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=run_folder) as folder:
         save_student(model, Path(folder), recipe.teacher)
         ray.train.report({}, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
@@ -125,7 +130,7 @@ def _take_step(
     recipe: Recipe,
 ) -> dict[str, float]:
     mask_BT = torch.ones_like(input_ids_BT, dtype=torch.bool)
-    bfloat16 = _uses_bfloat16(recipe.training.precision, input_ids_BT.device)
+    bfloat16 = uses_bfloat16(recipe.training.precision, step)
     with torch.autocast(input_ids_BT.device.type, torch.bfloat16, enabled=bfloat16):
         # Rows are full, so every worker has as many positions, and the mean of their gradients is the batch's.
         losses = step(input_ids_BT, mask_BT, num_positions=input_ids_BT.numel())
@@ -136,10 +141,12 @@ def _take_step(
     return {name: float(loss.detach()) for name, loss in losses.items()}
 
 
-def _uses_bfloat16(precision: str, device: torch.device) -> bool:
-    if precision != "auto":
-        return precision == "bfloat16"
-    if device.type == "cuda":
+def uses_bfloat16(precision: str, step: torch.nn.Module) -> bool:
+    """Whether matrix products are in bfloat16: as set, or as the frozen weights and the device suggest."""
+    frozen = next(parameter for parameter in step.parameters() if not parameter.requires_grad)
+    if precision != "auto" or frozen.dtype != torch.float32:
+        return precision == "bfloat16" or frozen.dtype == torch.bfloat16
+    if frozen.device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     processor = torch.cpu.get_capabilities()
     return bool(processor.get("avx512_bf16") or processor.get("amx_bf16"))
@@ -183,6 +190,12 @@ def _build_log(run_folder: Path) -> OnLog:
 
 def _ignore(_: Progress) -> None:
     """Workers other than the first say nothing."""
+
+
+def _make_absolute(recipe: Recipe) -> Recipe:
+    """Workers may start in another folder than the job."""
+    data = recipe.data.model_copy(update={"train": [file.absolute() for file in recipe.data.train]})
+    return recipe.model_copy(update={"teacher": recipe.teacher.absolute(), "data": data})
 
 
 def _prepare_rows(recipe: Recipe, path: Path) -> Rows:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, model_validator
 
-from swiftkv.config import StrictModel, load_yaml, parse_settings
+from swiftkv.config import StrictModel, load_yaml, parse_settings, parse_yaml, read_yaml
 from swiftkv.errors import ConfigError
 
 
@@ -51,8 +51,8 @@ class TrainingSettings(StrictModel):
     hidden_loss_weight: float = Field(default=1.0, ge=0)
     """Weight of the mean squared error of the second-to-last layer's output; 0 leaves it out."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of matrix products (autocast); weights and optimizer state stay float32. auto: bfloat16 where the device
-    multiplies it itself, which is about twice as fast."""
+    """Of matrix products (autocast); trained weights and optimizer state are float32. auto: bfloat16 where the
+    device multiplies it itself, which is about twice as fast. A teacher in bfloat16 is always multiplied so."""
     seed: int = 0
     """Of the order of rows."""
     log_every_steps: int = Field(default=5, ge=1)
@@ -98,11 +98,9 @@ def load_recipe(path: Path, overrides: dict[str, str] | None = None) -> Recipe:
     """
     if not overrides:
         return load_yaml(path, Recipe)
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such file. Give the path of a recipe (jobs/recipes/*.yaml).")
-    values: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+    values = read_yaml(path)
     for dotted, text in overrides.items():
-        _set_dotted(values, dotted, yaml.safe_load(text))
+        _set_dotted(values, dotted, parse_yaml(text, f"--set {dotted}={text}"))
     return parse_settings(values, Recipe, f"{path} with {', '.join(f'{k}={v}' for k, v in overrides.items())}")
 
 

@@ -24,7 +24,9 @@ def run_engine(folder: Path, settings: EngineSettings) -> Iterator[Any]:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     if settings.lacks_compiler():
         print(f"engine: {EAGER_REASON}", file=sys.stderr)
-    saved = {name: os.environ.get(name) for name in settings.build_environment()}
+    # vLLM prefers this variable to the engine argument that says the same.
+    saved = {name: os.environ.get(name) for name in (*settings.build_environment(), "VLLM_CPU_KVCACHE_SPACE")}
+    os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
     os.environ.update(settings.build_environment())
     from vllm import LLM
 

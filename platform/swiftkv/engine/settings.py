@@ -4,6 +4,7 @@ Imports no vLLM: configs are checked before anything heavy is loaded.
 Called by: engine/llm.py, serving/.
 """
 
+import os
 from typing import Any, Literal
 
 from pydantic import Field
@@ -21,7 +22,7 @@ class EngineSettings(StrictModel):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of weights and KV cache; auto takes the checkpoint's."""
     max_model_len: int | None = Field(default=None, ge=1)
-    """Longest prompt plus answer in tokens; None takes the model's context."""
+    """Longest prompt plus answer in tokens; None takes the model's context, or what of it the KV cache can hold."""
     max_num_seqs: int = Field(default=32, ge=1)
     """Sequences in one engine step."""
     max_num_batched_tokens: int = Field(default=2048, ge=1)
@@ -35,7 +36,8 @@ class EngineSettings(StrictModel):
     kv_cache_gib: float = Field(default=1.0, gt=0)
     """Memory of the KV cache, in GiB."""
     cpu_cores: str | None = None
-    """Cores that the engine binds to, such as "0" or "0-1"; None lets vLLM choose."""
+    """Cores that the engine binds to, such as "0", "0-1" or "nobind"; None takes all that this process may use.
+    (vLLM left alone keeps one core for itself: half of a two-core machine.)"""
     skipping: bool = True
     """Whether prompt tokens skip the later layers of a SwiftKV model; no effect on other models."""
 
@@ -51,8 +53,7 @@ class EngineSettings(StrictModel):
         """The settings as vLLM's engine arguments."""
         names = ("dtype", "max_model_len", "max_num_seqs", "enable_chunked_prefill", "enable_prefix_caching")
         arguments: dict[str, Any] = {name: getattr(self, name) for name in names}
-        if self.max_model_len is None:
-            del arguments["max_model_len"]
+        arguments["max_model_len"] = self.max_model_len or -1  # vLLM: the most that the KV cache can hold
         arguments["max_num_batched_tokens"] = max(self.max_num_batched_tokens, self.max_num_seqs)
         arguments["enforce_eager"] = self.is_eager()
         arguments |= {"load_format": "safetensors", "trust_remote_code": False}  # never a pickle, never its code
@@ -63,4 +64,5 @@ class EngineSettings(StrictModel):
 
     def build_environment(self) -> dict[str, str]:
         """The settings that vLLM's CPU build reads from the environment of the engine's process."""
-        return {} if self.cpu_cores is None else {"VLLM_CPU_OMP_THREADS_BIND": self.cpu_cores}
+        cores = self.cpu_cores or ",".join(map(str, sorted(os.sched_getaffinity(0))))
+        return {"VLLM_CPU_OMP_THREADS_BIND": cores}

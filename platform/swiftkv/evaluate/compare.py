@@ -20,6 +20,8 @@ from torch import Tensor
 from swiftkv.model.modeling import LlamaSwiftKVForCausalLM
 from swiftkv.text import Rows
 
+_BATCH_LOGITS_BYTES = 2**28
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -34,8 +36,9 @@ class Comparison:
     """KL(teacher || student) per position."""
 
 
-def split_batches(rows: Rows, rows_per_batch: int = 4) -> list[Rows]:
-    """The rows in batches that fit in memory with their logits."""
+def split_batches(rows: Rows, vocab_size: int) -> list[Rows]:
+    """The rows in batches whose logits, of which a handful of copies exist at once, are at most 256 MiB each."""
+    rows_per_batch = max(1, _BATCH_LOGITS_BYTES // (4 * rows.shape[1] * vocab_size))
     return [rows[first : first + rows_per_batch] for first in range(0, len(rows), rows_per_batch)]
 
 

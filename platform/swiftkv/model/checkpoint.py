@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -73,15 +74,18 @@ def load_tokenizer(folder: Path) -> Any:
     register_config_classes()
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(
-            f"{folder}: no tokenizer that can be loaded ({str(error).splitlines()[0]}). "
+            f"{folder}: no tokenizer that can be loaded ({reason}). "
             "Put tokenizer.json and tokenizer_config.json beside the weights."
         ) from None
 
 
-def load_student(folder: Path, dtype: torch.dtype = torch.float32) -> LlamaSwiftKVForCausalLM:
+def load_student(folder: Path, dtype: torch.dtype | None = None) -> LlamaSwiftKVForCausalLM:
     """A SwiftKV checkpoint, ours or Snowflake's, with or without the teacher's own later projections.
+
+    `dtype` None takes the checkpoint's.
 
     Raises: CheckpointError if it is not a SwiftKV checkpoint, or tensors are missing or unknown.
     """
@@ -96,8 +100,12 @@ def load_student(folder: Path, dtype: torch.dtype = torch.float32) -> LlamaSwift
 
 
 def save_student(model: LlamaSwiftKVForCausalLM, folder: Path, teacher_folder: Path | None = None) -> None:
-    """Write the checkpoint in the published format; tokenizer and the like are taken from the teacher's folder."""
+    """Write the checkpoint in the published format, in one dtype, that of the embeddings.
+
+    Tokenizer and the like are taken from the teacher's folder.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    model.to(model.model.embed_tokens.weight.dtype)
     model.config.swiftkv = True
     with _quiet_transformers():
         model.save_pretrained(folder)
@@ -108,23 +116,28 @@ def save_student(model: LlamaSwiftKVForCausalLM, folder: Path, teacher_folder: P
 
 
 def load_into(
-    model_class: type[Model], config: PreTrainedConfig, folder: Path, dtype: torch.dtype, may_miss: str | None
+    model_class: type[Model], config: PreTrainedConfig, folder: Path, dtype: torch.dtype | None, may_miss: str | None
 ) -> Model:
     """The weights of `folder` in a model of this class.
 
     `may_miss`: tensors with this in their names may be absent (they are set afterwards).
     Raises: CheckpointError naming what is missing, unknown or of another shape.
     """
-    with _quiet_transformers():
-        model, info = model_class.from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype,
-            use_safetensors=True,
-            local_files_only=True,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
+    try:
+        with _quiet_transformers():
+            model, info = model_class.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype or "auto",
+                use_safetensors=True,
+                local_files_only=True,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{folder}: the weights cannot be read ({str(error).splitlines()[0]}). Restore the folder's files."
+        ) from None
     missing = sorted(key for key in info["missing_keys"] if may_miss is None or may_miss not in key)
     stripped = _drop_absent_teacher(model, missing)
     problems = {

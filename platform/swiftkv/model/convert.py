@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from swiftkv.errors import CheckpointError
 from swiftkv.families import find_teacher_family
 from swiftkv.hf_config import CONFIG_CLASSES
 from swiftkv.model.checkpoint import load_into, read_config
@@ -26,6 +27,10 @@ def resolve_cut(folder: Path, num_key_value_layers: int | None, key_value_group_
     """
     config = read_config(folder)
     find_teacher_family(config.get("model_type"))
+    if "quantization_config" in config:
+        raise CheckpointError(f"{folder}: the teacher is quantised. Distill from its unquantised weights.")
+    if "auto_map" in config:
+        raise CheckpointError(f"{folder}: config.json names code of its own (auto_map), which is never run. Remove it.")
     kept = num_key_value_layers or -(-int(config.get("num_hidden_layers") or 0) // 2)
     cut = {"num_key_value_layers": kept, "key_value_group_size": key_value_group_size}
     return SwiftKVSpec.from_hf_config(config | cut)
@@ -35,9 +40,9 @@ def convert_teacher(
     folder: Path,
     num_key_value_layers: int | None,
     key_value_group_size: int = 1,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
 ) -> LlamaSwiftKVForCausalLM:
-    """The teacher in `folder` with untrained student projections beside its own.
+    """The teacher in `folder` with untrained student projections beside its own; None takes the teacher's dtype.
 
     Raises: what `resolve_cut` raises; CheckpointError if the weights do not belong to the config.
     """
@@ -72,11 +77,15 @@ def initialise_student(model: LlamaSwiftKVForCausalLM) -> None:
 
 
 def freeze_teacher(model: nn.Module) -> list[nn.Parameter]:
-    """Let gradients reach only the student's projections and norm; returns these, in a fixed order."""
+    """Let gradients reach only the student's projections and norm; returns these, in a fixed order.
+
+    They become float32, because the optimizer's small steps are lost in bfloat16; what is frozen stays as it is.
+    """
     trained = []
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("swiftkv" in name)
         if parameter.requires_grad:
+            parameter.data = parameter.data.float()
             trained.append(parameter)
     return trained
 

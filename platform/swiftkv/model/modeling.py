@@ -4,7 +4,7 @@ The first layers are the teacher's and run once for both. The later layers run i
 teacher's own (`run_teacher_half`) or as the student's (`run_student_half`), whose keys and values all come from
 the boundary hidden state and whose queries have projections of their own. Everything else is shared.
 Does not train (distill/), convert or store (convert.py, checkpoint.py).
-Called by: distill/step.py, evaluate/compare.py, and anyone through AutoModelForCausalLM.
+Called by: distill/step.py, evaluate/compare.py; loaded by checkpoint.py and convert.py.
 Source: SwiftKV (arXiv 2410.03960) section 3; tensor names as in Snowflake's published checkpoints.
 
 Shapes: B rows, T tokens, D hidden, N query heads, K KV heads, H head size, V vocabulary.
@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, Cache, DynamicCache, GenerationMixin
+from transformers import Cache, DynamicCache, GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -31,8 +31,11 @@ from transformers.models.llama.modeling_llama import (
 
 from swiftkv.errors import CheckpointError
 from swiftkv.families import FAMILIES
-from swiftkv.hf_config import LlamaSwiftKVConfig, register_config_classes
+from swiftkv.hf_config import LlamaSwiftKVConfig
 from swiftkv.spec import SwiftKVSpec
+
+_IGNORED_BY_GENERATE = ("return_dict", "cache_position")
+"""What `generate` passes along and asks nothing by."""
 
 
 @dataclass
@@ -227,12 +230,16 @@ class LlamaSwiftKVForCausalLM(LlamaPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         teacher: bool = False,
-        **_: Any,
+        **others: Any,
     ) -> CausalLMOutputWithPast:
         """Logits of the student, or of the teacher. Shapes: input_ids [B, T] -> logits [B, T, V].
 
         `logits_to_keep`: only the last so many positions (0: all), or the positions of an index tensor.
+        Raises: TypeError for what other models' `forward` can do and this one cannot, such as `labels`.
         """
+        refused = [name for name, value in others.items() if value and name not in _IGNORED_BY_GENERATE]
+        if refused:
+            raise TypeError(f"forward() of a SwiftKV model does not take {', '.join(refused)}.")
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
         boundary = self.model.compute_boundary(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
@@ -240,9 +247,3 @@ class LlamaSwiftKVForCausalLM(LlamaPreTrainedModel, GenerationMixin):
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits_BTV = self.lm_head(states.last_BTD[:, kept])
         return CausalLMOutputWithPast(logits=logits_BTV, past_key_values=past_key_values)
-
-
-def register_model_classes() -> None:
-    """Make AutoConfig and AutoModelForCausalLM load SwiftKV checkpoints. May be called again."""
-    register_config_classes()
-    AutoModelForCausalLM.register(LlamaSwiftKVConfig, LlamaSwiftKVForCausalLM, exist_ok=True)

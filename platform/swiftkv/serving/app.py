@@ -61,15 +61,12 @@ def build_llm_config(settings: PoolSettings) -> LLMConfig:
 def build_environment(settings: PoolSettings) -> dict[str, str]:
     """Environment of the replicas' processes."""
     engine = settings.engine
-    cores = sorted(os.sched_getaffinity(0))
-    if engine.cpu_cores is None:
-        # vLLM left alone keeps one core for itself: half of a two-core machine. Replicas that share a machine
-        # must not be bound to the same cores.
-        bound = ",".join(map(str, cores)) if settings.num_replicas == 1 else "nobind"
-        engine = engine.model_copy(update={"cpu_cores": bound})
+    num_cores = len(os.sched_getaffinity(0))
+    if engine.cpu_cores is None and settings.num_replicas > 1:
+        engine = engine.model_copy(update={"cpu_cores": "nobind"})  # not all of them to the same cores
     return {
         **engine.build_environment(),
-        "OMP_NUM_THREADS": str(max(1, len(cores) // settings.num_replicas)),
+        "OMP_NUM_THREADS": str(max(1, num_cores // settings.num_replicas)),
         "VLLM_CACHE_ROOT": str(home() / "cache" / "vllm"),
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",  # the model is a local folder; nothing may be looked for elsewhere

@@ -9,11 +9,12 @@ import torch
 from fakes import write_teacher
 
 from swiftkv.distill.data import choose_rows
+from swiftkv.distill.inputs import check_inputs
 from swiftkv.distill.loop import build_student, train
 from swiftkv.distill.progress import Progress, parse_progress
 from swiftkv.distill.recipe import Recipe, load_recipe, parse_overrides, save_recipe
 from swiftkv.distill.step import DistillStep
-from swiftkv.errors import ConfigError
+from swiftkv.errors import CheckpointError, ConfigError, DataError
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "distill_loss.json"
 
@@ -122,3 +123,36 @@ def test_bfloat16_follows_the_curve_of_float32(recipe: Recipe) -> None:
     for measured, expected in zip(run(bfloat16), run(recipe), strict=True):
         assert measured.loss == pytest.approx(expected.loss, rel=0.05)
         assert measured.loss != expected.loss
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("cut.num_key_value_layers", "6", "all of the teacher's layers: nothing would be skipped"),
+        ("cut.num_key_value_layers", "9", "num_key_value_layers is 9, but the model has 6 layers"),
+        ("data.row_tokens", "4096", "the teacher's context is 2048 tokens"),
+        ("data.train", "[/no/such.jsonl]", "/no/such.jsonl: no such file"),
+        ("teacher", "/no/such/folder", "/no/such/folder: no such folder"),
+    ],
+)
+def test_inputs_are_looked_at_before_a_run(recipe: Recipe, tmp_path: Path, key: str, value: str, message: str) -> None:
+    (tmp_path / "text.jsonl").write_text("{}")
+    save_recipe(recipe, tmp_path / "recipe.yaml")
+    overrides = {"cut.key_value_group_size": "1", "data.train": f"[{tmp_path / 'text.jsonl'}]"}
+    check_inputs(load_recipe(tmp_path / "recipe.yaml", overrides))
+    with pytest.raises((ConfigError, CheckpointError, DataError), match=message):
+        check_inputs(load_recipe(tmp_path / "recipe.yaml", overrides | {key: value}))
+
+
+def test_a_tokenizer_without_an_end_token_is_refused(recipe: Recipe, tmp_path: Path) -> None:
+    path = recipe.teacher / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps({key: value for key, value in settings.items() if key != "eos_token"}))
+    with pytest.raises(DataError, match="its tokenizer has no end token"):
+        check_inputs(recipe)
+
+
+def test_yaml_that_is_none_is_a_config_error(tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text("a: [1")
+    with pytest.raises(ConfigError, match=r"bad.yaml: not valid YAML"):
+        load_recipe(tmp_path / "bad.yaml", {"training.steps": "1"})

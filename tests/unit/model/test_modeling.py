@@ -8,6 +8,8 @@ import torch
 from fakes import LLAMA3_ROPE_SCALING, TinyShape, random_prompt_ids, write_student, write_teacher
 from reference import compute_hidden_states, compute_logits, generate_greedy, load_weights
 
+from swiftkv.distill.loop import uses_bfloat16
+from swiftkv.distill.step import DistillStep
 from swiftkv.errors import CheckpointError, ConfigError
 from swiftkv.model.checkpoint import load_student, save_student
 from swiftkv.model.convert import convert_teacher, freeze_teacher, initialise_student
@@ -93,8 +95,12 @@ def test_initialisation_copies_queries_and_norm_and_averages_keys_and_values(tmp
                 torch.testing.assert_close(state[f"{attention}{name}_swiftkv.{kind}"], mean)
 
 
-def test_the_teacher_inside_the_student_is_the_teacher(tmp_path: Path) -> None:
-    teacher = write_teacher(tmp_path / "teacher")
+@pytest.mark.parametrize("variant", ["tied", "biases", "llama3 rope", "llama3 rope, new keys", "three shards"])
+def test_the_teacher_inside_the_student_is_the_teacher(tmp_path: Path, variant: str) -> None:
+    options = {
+        key: value for key, value in CHECKPOINTS[variant].items() if not key.startswith(("num_key", "key_value"))
+    }
+    teacher = write_teacher(tmp_path / "teacher", **options)
     config, weights = load_weights(teacher)
     ids = random_prompt_ids(random.Random(6), 25)
     with torch.no_grad():
@@ -184,3 +190,37 @@ def test_cuts_that_do_not_fit_the_teacher_are_refused(tmp_path: Path) -> None:
 def test_a_student_that_is_not_swiftkv_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="model_type is 'llama', which is not a SwiftKV checkpoint"):
         load_student(write_teacher(tmp_path))
+
+
+def test_a_bfloat16_teacher_stays_bfloat16_while_its_student_is_trained_in_float32(tmp_path: Path) -> None:
+    model = convert_teacher(write_teacher(tmp_path / "teacher", dtype=torch.bfloat16), 3)
+    trained = {id(parameter) for parameter in freeze_teacher(model)}
+    for parameter in model.parameters():
+        assert parameter.dtype == (torch.float32 if id(parameter) in trained else torch.bfloat16)
+    step = DistillStep(model, 2.0, 1.0)
+    assert uses_bfloat16("auto", step) and uses_bfloat16("float32", step)
+    ids = torch.tensor([random_prompt_ids(random.Random(9), 16)])
+    with torch.autocast("cpu", torch.bfloat16):
+        step(ids, torch.ones_like(ids, dtype=torch.bool), num_positions=16)["loss"].backward()
+    save_student(model, tmp_path / "student", tmp_path / "teacher")
+    _, weights = load_weights(tmp_path / "student")
+    assert {parameter.dtype for parameter in load_student(tmp_path / "student").parameters()} == {torch.bfloat16}
+    assert "model.norm_swiftkv.weight" in weights
+
+
+def test_quantised_teachers_and_teachers_with_code_are_refused(tmp_path: Path) -> None:
+    quantised = write_teacher(tmp_path / "int8", config_changes={"quantization_config": {"quant_method": "x"}})
+    with pytest.raises(CheckpointError, match="the teacher is quantised"):
+        convert_teacher(quantised, 3)
+    with pytest.raises(CheckpointError, match="auto_map"):
+        convert_teacher(write_teacher(tmp_path / "code", config_changes={"auto_map": {"AutoModel": "x.Y"}}), 3)
+    damaged = write_teacher(tmp_path / "damaged")
+    (damaged / "model.safetensors").write_bytes(b"no safetensors at all")
+    with pytest.raises(CheckpointError, match="the weights cannot be read"):
+        convert_teacher(damaged, 3)
+
+
+def test_what_the_model_cannot_do_is_refused(tmp_path: Path) -> None:
+    ids = torch.tensor([[1, 2, 3]])
+    with pytest.raises(TypeError, match="does not take labels"):
+        load_student(write_student(tmp_path))(ids, labels=[1])
