@@ -1,4 +1,4 @@
-"""Whether a folder is a SwiftKV checkpoint that an engine may load: with all its SwiftKV tensors, of a known family, no code in it.
+"""Whether a folder is a SwiftKV checkpoint that an engine may load: SwiftKV tensors, a known family, no code.
 
 Reads JSON files and safetensors headers only: no weights, no hashes, nothing is executed.
 Called by: registry/registry.py (before every publish). Calls: spec.
