@@ -135,7 +135,8 @@ def _serve_and_call(prompt: dict[str, Any]) -> dict[str, str]:
     """Serve the published version and call every route once with the official client."""
     port = choose_ports(1)[0]
     try:
-        _call([*SWIFTKV, "serve", f"{NAME}@production", "--port", port, "--detach"])
+        # Eager: compiling would take longer than these few requests. `make serve` compiles.
+        _call([*SWIFTKV, "serve", f"{NAME}@production", "--port", port, "--eager", "--detach"])
         client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
         models = [model.id for model in client.models.list()]
         assert models == [NAME], f"/v1/models lists {models}"

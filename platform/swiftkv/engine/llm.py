@@ -5,7 +5,8 @@ Called by: bench/engine.py, scripts/smoke_engine.py, tests.
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,14 +25,22 @@ def run_engine(folder: Path, settings: EngineSettings) -> Iterator[Any]:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     if settings.lacks_compiler():
         print(f"engine: {EAGER_REASON}", file=sys.stderr)
-    # vLLM prefers this variable to the engine argument that says the same.
-    saved = {name: os.environ.get(name) for name in (*settings.build_environment(), "VLLM_CPU_KVCACHE_SPACE")}
-    os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
-    os.environ.update(settings.build_environment())
+    with tempfile.TemporaryDirectory(prefix="swk-") as sockets:
+        # vLLM leaves its sockets where they are, and prefers VLLM_CPU_KVCACHE_SPACE to the engine's argument.
+        environment = {**settings.build_environment(), "VLLM_RPC_BASE_PATH": sockets, "VLLM_CPU_KVCACHE_SPACE": None}
+        with _set_environment(environment):
+            llm = _start(folder, settings)
+        try:
+            yield llm
+        finally:
+            llm.llm_engine.engine_core.shutdown()
+
+
+def _start(folder: Path, settings: EngineSettings) -> Any:
     from vllm import LLM
 
     try:
-        llm = LLM(
+        return LLM(
             str(folder),
             skip_tokenizer_init=True,
             disable_log_stats=False,
@@ -40,16 +49,25 @@ def run_engine(folder: Path, settings: EngineSettings) -> Iterator[Any]:
         )
     except Exception as error:
         raise EngineError(f"{folder}: vLLM did not start: {error}") from error
-    finally:
-        for name, value in saved.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+
+
+@contextmanager
+def _set_environment(values: Mapping[str, str | None]) -> Iterator[None]:
+    """For the processes started meanwhile; None takes a variable away."""
+    saved = {name: os.environ.get(name) for name in values}
+    _put(values)
     try:
-        yield llm
+        yield
     finally:
-        llm.llm_engine.engine_core.shutdown()
+        _put(saved)
+
+
+def _put(values: Mapping[str, str | None]) -> None:
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 def generate_greedy(llm: Any, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[Any]:
