@@ -94,7 +94,8 @@ def measure_pairs(
 def summarise(result: PairedResult, spec: SwiftKVSpec, prompt_tokens: int, settings: EngineSettings) -> dict[str, Any]:
     """The figures of a comparison as one flat JSON object."""
     flop_speedup = spec.compute_prefill_speedup(prompt_tokens)
-    figures: dict[str, Any] = {"hardware": describe_hardware(), "prompt_tokens": prompt_tokens}
+    cores = settings.cpu_cores or "as vLLM chooses: one is kept for its own processes"
+    figures: dict[str, Any] = {"hardware": describe_hardware(), "engine_cores": cores, "prompt_tokens": prompt_tokens}
     for name, entry in (("teacher", result.teacher), ("student", result.student)):
         figures |= {f"{name}_{field}": round(value, 5) for field, value in vars(entry).items()}
     return figures | {

@@ -4,7 +4,6 @@ Imports no vLLM: configs are checked before anything heavy is loaded.
 Called by: engine/llm.py, serving/.
 """
 
-import os
 from typing import Any, Literal
 
 from pydantic import Field
@@ -36,8 +35,8 @@ class EngineSettings(StrictModel):
     kv_cache_gib: float = Field(default=1.0, gt=0)
     """Memory of the KV cache, in GiB."""
     cpu_cores: str | None = None
-    """Cores that the engine binds to, such as "0", "0-1" or "nobind"; None takes all that this process may use.
-    (vLLM left alone keeps one core for itself: half of a two-core machine.)"""
+    """Cores that the engine computes on, such as "0" or "0-1"; None leaves it to vLLM, which keeps one core for its
+    own processes. (Taking both of two cores made prefill 1.2 times faster and decoding 2.7 times slower.)"""
     skipping: bool = True
     """Whether prompt tokens skip the later layers of a SwiftKV model; no effect on other models."""
 
@@ -64,5 +63,4 @@ class EngineSettings(StrictModel):
 
     def build_environment(self) -> dict[str, str]:
         """The settings that vLLM's CPU build reads from the environment of the engine's process."""
-        cores = self.cpu_cores or ",".join(map(str, sorted(os.sched_getaffinity(0))))
-        return {"VLLM_CPU_OMP_THREADS_BIND": cores}
+        return {} if self.cpu_cores is None else {"VLLM_CPU_OMP_THREADS_BIND": self.cpu_cores}

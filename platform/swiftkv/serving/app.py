@@ -60,14 +60,14 @@ def build_llm_config(settings: PoolSettings) -> LLMConfig:
 
 def build_environment(settings: PoolSettings) -> dict[str, str]:
     """Environment of the replicas' processes."""
-    engine = settings.engine
-    num_cores = len(os.sched_getaffinity(0))
-    if engine.cpu_cores is None and settings.num_replicas > 1:
-        engine = engine.model_copy(update={"cpu_cores": "nobind"})  # not all of them to the same cores
-    return {
-        **engine.build_environment(),
-        "OMP_NUM_THREADS": str(max(1, num_cores // settings.num_replicas)),
+    environment = {
+        **settings.engine.build_environment(),
         "VLLM_CACHE_ROOT": str(home() / "cache" / "vllm"),
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",  # the model is a local folder; nothing may be looked for elsewhere
     }
+    if settings.num_replicas > 1 and settings.engine.cpu_cores is None:
+        # Each replica would bind to the same cores.
+        num_threads = max(1, len(os.sched_getaffinity(0)) // settings.num_replicas)
+        environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(num_threads)}
+    return environment
