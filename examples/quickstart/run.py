@@ -103,7 +103,10 @@ def run(teacher: Path | None, report: Path) -> None:
         "speed": speed,
         "answers": answers,
     }
-    write_report(figures, run_folder / "progress.jsonl", report)
+    portable = json.loads(
+        json.dumps(figures).replace(f"{CHECKOUT}/", "")
+    )  # a report says nothing of its machine's paths
+    write_report(portable, run_folder / "progress.jsonl", report)
 
 
 def _check_teacher(folder: Path) -> None:
