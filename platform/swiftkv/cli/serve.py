@@ -18,6 +18,7 @@ from swiftkv.engine.compiler import EAGER_REASON
 from swiftkv.errors import ClusterError
 from swiftkv.serving.config import ServeSettings
 from swiftkv.serving.deploy import deploy, undeploy
+from swiftkv.serving.source import resolve_model
 
 _POLL_S = 1.0
 
@@ -63,6 +64,7 @@ def run(settings: ServeSettings, detach: bool, console: Console) -> None:
     # A closed terminal or a supervisor's SIGTERM means the same as Ctrl-C: leave nothing behind.
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
+    settings = resolve_model(settings)  # a wrong name must not wait for a cluster
     existing = find_cluster()
     cluster = existing
     keep = False
