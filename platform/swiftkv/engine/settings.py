@@ -36,7 +36,7 @@ class EngineSettings(StrictModel):
     """Memory of the KV cache, in GiB."""
     cpu_cores: str | None = None
     """Cores that the engine computes on, such as "0" or "0-1"; None leaves it to vLLM, which keeps one core for its
-    own processes. (Taking both of two cores made prefill 1.2 times faster and decoding 2.7 times slower.)"""
+    own processes. (Both of two cores: little faster prefill, much slower decoding; jobs/LOG.md.)"""
     skipping: bool = True
     """Whether prompt tokens skip the later layers of a SwiftKV model; no effect on other models."""
 
