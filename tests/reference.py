@@ -1,12 +1,15 @@
-"""The forward pass of Llama and of Llama SwiftKV in plain fp32 tensors: what every other test is compared with.
+"""The forward pass of a teacher and of its SwiftKV in plain fp32 tensors: what every other test is compared with.
 
-Written from the definition of both alone, with nothing of the package and no model library, so that a mistake
-there is not repeated here. Slow and simple: no batches, no padding, one sequence at a time.
+Knows Llama, Mistral, Qwen2, Qwen3 and Qwen3-MoE. Written from the definition of each alone, with nothing of the
+package and no model library, so that a mistake there is not repeated here. Slow and simple: no batches, no padding,
+one sequence at a time.
 Called by: tests. Calls: torch, safetensors.
 
 Shapes: T tokens of this call, S tokens attended to, D hidden, N query heads, K key-value heads, H head size,
-V vocabulary. Tensors are fp32 throughout (or whatever dtype the given weights have).
-Source: SwiftKV fact sheet sections 1 and 6 (arXiv 2410.03960, section 3); Llama as its paper and config define it.
+V vocabulary, A tokens of an answer, E experts, C experts that a token chooses. Tensors are fp32 throughout (or
+whatever dtype the given weights have).
+Source: SwiftKV fact sheet sections 1 and 6 (arXiv 2410.03960, section 3); the teachers as their papers and configs
+define them, with transformers' defaults for keys that a config leaves out.
 """
 
 import json
@@ -20,6 +23,9 @@ from torch import Tensor
 Config = dict[str, object]
 Weights = dict[str, Tensor]
 Cache = dict[int, tuple[Tensor, Tensor]]  # layer that owns it -> keys [S, K, H] and values [S, K, H]
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
+"""Teachers' model types; a student's ends in `_swiftkv`."""
 
 
 def load_weights(folder: Path | str) -> tuple[Config, Weights]:
@@ -61,6 +67,14 @@ def generate_greedy(
     return generated
 
 
+def compute_log_probs(
+    config: Config, weights: Weights, prompt_ids: list[int], answer_ids: list[int], mode: str = "student"
+) -> Tensor:
+    """Log-probabilities [A, V] at the positions that predict the answer: row i is what follows answer_ids[:i]."""
+    logits = compute_logits(config, weights, [*prompt_ids, *answer_ids], mode)
+    return torch.log_softmax(logits[len(prompt_ids) - 1 : -1], dim=-1)
+
+
 def compute_top2_gap(
     config: Config,
     weights: Weights,
@@ -72,9 +86,7 @@ def compute_top2_gap(
 
     A small gap is a position where another arithmetic may rightly choose another token.
     """
-    logits = compute_logits(config, weights, [*prompt_ids, *generated_ids], mode)
-    at_generated = logits[len(prompt_ids) - 1 : -1]
-    top = torch.log_softmax(at_generated, dim=-1).topk(2, dim=-1).values
+    top = compute_log_probs(config, weights, prompt_ids, generated_ids, mode).topk(2, dim=-1).values
     return (top[:, 0] - top[:, 1]).tolist()
 
 
@@ -108,17 +120,23 @@ def _run_layers(config: Config, weights: Weights, token_ids: list[int], mode: st
         normed = _rms_norm(hidden, weights[prefix + "input_layernorm.weight"], config)
         if layer < num_kv_layers:
             owner = layer
-            query = _query(config, weights, prefix + "self_attn.q_proj", normed, rotation)
+            query = _query(config, weights, layer, "", normed, rotation)
             _append_keys_values(config, weights, layer, "", normed, rotation, cache)
         else:
             owner = _leader(config, layer)
-            query = _query(config, weights, prefix + "self_attn.q_proj_swiftkv", normed, rotation)
-        attended = _attend(query, *cache[owner], start)
+            query = _query(config, weights, layer, "_swiftkv", normed, rotation)
+        attended = _attend(query, *cache[owner], start, _window(config, layer))
         hidden = hidden + _linear(weights, prefix + "self_attn.o_proj", attended)
         normed = _rms_norm(hidden, weights[prefix + "post_attention_layernorm.weight"], config)
-        hidden = hidden + _mlp(weights, prefix + "mlp.", normed)
+        hidden = hidden + _mlp(config, weights, prefix + "mlp.", normed)
         states.append(hidden)
     return states
+
+
+def _family(config: Config) -> str:
+    family = str(config["model_type"]).removesuffix("_swiftkv")
+    assert family in FAMILIES, f"model type {config['model_type']!r} is not in the reference"
+    return family
 
 
 def _num_kv_layers(config: Config, mode: str) -> int:
@@ -127,6 +145,25 @@ def _num_kv_layers(config: Config, mode: str) -> int:
     assert mode == "student", f"mode is {mode!r}: student or teacher"
     assert config.get("num_key_value_layers"), "not a SwiftKV checkpoint: use mode='teacher'"
     return config["num_key_value_layers"]
+
+
+def _window(config: Config, layer: int) -> int | None:
+    """How many tokens, itself included, a query of this layer attends to; None: all that came before.
+
+    A later layer's own number counts, whichever layer made the keys it reads.
+    """
+    family = _family(config)
+    if family == "mistral":
+        return config.get("sliding_window", 4096)
+    if family == "llama" or not config.get("use_sliding_window", False):
+        return None
+    if family == "qwen3_moe":
+        slides = True
+    elif config.get("layer_types"):
+        slides = config["layer_types"][layer] == "sliding_attention"
+    else:
+        slides = layer >= config.get("max_window_layers", 28)
+    return config.get("sliding_window", 4096) if slides else None
 
 
 def _leader(config: Config, layer: int) -> int:
@@ -149,19 +186,29 @@ def _append_keys_values(
 ) -> None:
     attention = f"model.layers.{layer}.self_attn."
     shape = (len(normed), config.get("num_key_value_heads") or config["num_attention_heads"], _head_dim(config))
-    key = _rotate(_linear(weights, f"{attention}k_proj{suffix}", normed).reshape(shape), rotation)
+    key = _linear(weights, f"{attention}k_proj{suffix}", normed).reshape(shape)
+    key = _rotate(_norm_heads(config, weights, f"{attention}k_norm", key), rotation)
     value = _linear(weights, f"{attention}v_proj{suffix}", normed).reshape(shape)
     if layer in cache:
         key, value = torch.cat([cache[layer][0], key]), torch.cat([cache[layer][1], value])
     cache[layer] = (key, value)
 
 
-def _query(config: Config, weights: Weights, name: str, normed: Tensor, rotation: Tensor) -> Tensor:
-    query = _linear(weights, name, normed).reshape(len(normed), config["num_attention_heads"], _head_dim(config))
-    return _rotate(query, rotation)
+def _query(config: Config, weights: Weights, layer: int, suffix: str, normed: Tensor, rotation: Tensor) -> Tensor:
+    attention = f"model.layers.{layer}.self_attn."
+    shape = (len(normed), config["num_attention_heads"], _head_dim(config))
+    query = _linear(weights, f"{attention}q_proj{suffix}", normed).reshape(shape)
+    return _rotate(_norm_heads(config, weights, f"{attention}q_norm", query), rotation)
 
 
-def _attend(query_TNH: Tensor, key_SKH: Tensor, value_SKH: Tensor, start: int) -> Tensor:
+def _norm_heads(config: Config, weights: Weights, name: str, heads: Tensor) -> Tensor:
+    """Qwen3's RMSNorm over each head [T, heads, H] by itself; a student's layers use their own, as the teacher's."""
+    if _family(config) not in ("qwen3", "qwen3_moe"):
+        return heads
+    return _rms_norm(heads, weights[name + ".weight"], config)
+
+
+def _attend(query_TNH: Tensor, key_SKH: Tensor, value_SKH: Tensor, start: int, window: int | None) -> Tensor:
     """Causal attention [T, N*H]; query row t is position start + t. Query head i reads key head i // (N / K)."""
     num_tokens, num_heads, head_dim = query_TNH.shape
     repeats = num_heads // key_SKH.shape[1]
@@ -169,12 +216,37 @@ def _attend(query_TNH: Tensor, key_SKH: Tensor, value_SKH: Tensor, start: int) -
     value_SNH = value_SKH.repeat_interleave(repeats, dim=1)
     scores_NTS = torch.einsum("tnh,snh->nts", query_TNH, key_SNH) / math.sqrt(head_dim)
     query_position = torch.arange(start, start + num_tokens)[:, None]
-    future = torch.arange(len(key_SNH))[None, :] > query_position
-    probabilities_NTS = scores_NTS.masked_fill(future, float("-inf")).softmax(dim=-1)
+    key_position = torch.arange(len(key_SNH))[None, :]
+    unseen = key_position > query_position
+    if window is not None:
+        unseen = unseen | (key_position <= query_position - window)
+    probabilities_NTS = scores_NTS.masked_fill(unseen, float("-inf")).softmax(dim=-1)
     return torch.einsum("nts,snh->tnh", probabilities_NTS, value_SNH).reshape(num_tokens, num_heads * head_dim)
 
 
-def _mlp(weights: Weights, prefix: str, normed: Tensor) -> Tensor:
+def _mlp(config: Config, weights: Weights, prefix: str, normed: Tensor) -> Tensor:
+    """The dense MLP, or a mixture of such where the checkpoint has a router."""
+    if prefix + "gate.weight" not in weights:
+        return _dense_mlp(weights, prefix, normed)
+    chosen, shares = _route(config, weights[prefix + "gate.weight"], normed)
+    mixed = torch.zeros_like(normed)
+    for expert in chosen.unique().tolist():
+        token, choice = (chosen == expert).nonzero(as_tuple=True)
+        outputs = _dense_mlp(weights, f"{prefix}experts.{expert}.", normed[token])
+        mixed[token] += shares[token, choice][:, None] * outputs
+    return mixed
+
+
+def _route(config: Config, router_ED: Tensor, normed: Tensor) -> tuple[Tensor, Tensor]:
+    """The experts that each token goes to [T, C], and the share of the sum that each of them has [T, C]."""
+    probabilities_TE = (normed @ router_ED.T).softmax(dim=-1)
+    shares, chosen = probabilities_TE.topk(config["num_experts_per_tok"], dim=-1)
+    if config.get("norm_topk_prob", False):
+        shares = shares / shares.sum(dim=-1, keepdim=True)
+    return chosen, shares
+
+
+def _dense_mlp(weights: Weights, prefix: str, normed: Tensor) -> Tensor:
     gate = _linear(weights, prefix + "gate_proj", normed)
     up = _linear(weights, prefix + "up_proj", normed)
     return _linear(weights, prefix + "down_proj", gate * torch.sigmoid(gate) * up)

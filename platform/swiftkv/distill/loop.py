@@ -28,7 +28,7 @@ from swiftkv.distill.step import DistillStep
 from swiftkv.metrics import record
 from swiftkv.model.checkpoint import load_tokenizer, save_student
 from swiftkv.model.convert import convert_teacher, freeze_teacher
-from swiftkv.model.modeling import LlamaSwiftKVForCausalLM
+from swiftkv.model.modeling import SwiftKVForCausalLM
 from swiftkv.spec import SwiftKVSpec
 from swiftkv.text import Rows, build_rows
 
@@ -95,7 +95,7 @@ def train_worker(settings: dict[str, Any]) -> None:
         ray.train.report({}, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
 
-def build_student(recipe: Recipe) -> LlamaSwiftKVForCausalLM:
+def build_student(recipe: Recipe) -> SwiftKVForCausalLM:
     """The recipe's teacher with an untrained student in it, frozen but for the student's projections."""
     cut = recipe.cut
     model = convert_teacher(recipe.teacher, cut.num_key_value_layers, cut.key_value_group_size)

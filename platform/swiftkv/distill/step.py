@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from swiftkv.distill.losses import compute_hidden_loss, compute_logits_kl
-from swiftkv.model.modeling import LlamaSwiftKVForCausalLM
+from swiftkv.model.modeling import SwiftKVForCausalLM
 
 
 class DistillStep(nn.Module):
     """Computes the losses of a batch; gradients reach only what `freeze_teacher` left trainable."""
 
-    def __init__(self, model: LlamaSwiftKVForCausalLM, temperature: float, hidden_loss_weight: float) -> None:
+    def __init__(self, model: SwiftKVForCausalLM, temperature: float, hidden_loss_weight: float) -> None:
         super().__init__()
         self.model = model
         self.temperature = temperature

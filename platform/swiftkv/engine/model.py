@@ -2,16 +2,18 @@
 
 Rides on vLLM's fast prefill (`kv_sharing_fast_prefill`), made for models whose last layers reuse earlier KV:
 for the trailing readers the runner builds attention metadata for the tokens that are sampled from and hands
-the model their rows. Nothing of vLLM is patched. Without skipping both halves run on all rows.
-Called by: vLLM, which finds the classes through engine/plugin.py.
-Calls: engine/attention.py; vLLM's Llama layers.
+the model their rows. Nothing of vLLM is patched. Without skipping both halves run on all rows. In the role
+`prefill` there is only the first half.
+Called by: vLLM, which finds the classes, one per row of families.py, through engine/plugin.py.
+Calls: engine/layers.py, engine/attention.py, engine/weights.py.
 Source: the pattern of two compiled halves is that of Gemma 3n in vLLM 0.29.
 
-Shapes: T tokens of the step, R rows of the later half (R <= T), D hidden.
+Shapes: T tokens of the step, R rows of the later half (R <= T), D hidden, V vocabulary.
 """
 
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,36 +22,28 @@ from vllm.compilation.backends import set_model_tag
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
-from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
-from vllm.model_executor.models.interfaces import SupportsQuant
-from vllm.model_executor.models.llama import LlamaDecoderLayer
+from vllm.model_executor.models.interfaces import SupportsLoRA, SupportsQuant
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
 from vllm.v1.attention.backends.utils import KVSharingFastPrefillMetadata
 
-from swiftkv.engine.attention import KVHolder, ReaderAttention, name_holder
+from swiftkv.engine.attention import KVHolder
+from swiftkv.engine.blueprint import Blueprint
+from swiftkv.engine.layers import build_first_layer, build_later_layer
+from swiftkv.engine.settings import ROLE_KEY
+from swiftkv.engine.weights import place_tensors, read_prefill_tensors
 from swiftkv.families import FAMILIES
-from swiftkv.spec import SwiftKVSpec
 
 
 @support_torch_compile
 class FirstHalf(nn.Module):
     """Embeddings and first layers for all tokens, and the KV of all later layers from their output."""
 
-    def __init__(
-        self,
-        *,
-        vllm_config: VllmConfig,
-        prefix: str = "",
-        embed_tokens: nn.Module,
-        layers: nn.ModuleList,
-        norm_swiftkv: nn.Module,
-        kv_holders: nn.ModuleDict,
-    ) -> None:
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", model: "SwiftKVModel") -> None:
         super().__init__()
-        self.embed_tokens, self.layers = embed_tokens, layers
-        self.norm_swiftkv, self.kv_holders = norm_swiftkv, kv_holders
+        self.embed_tokens, self.layers = model.embed_tokens, model.layers[: model.blueprint.spec.num_key_value_layers]
+        self.norm_swiftkv, self.kv_holders = model.norm_swiftkv, model.kv_holders
 
     def forward(
         self,
@@ -74,9 +68,9 @@ class FirstHalf(nn.Module):
 class LaterHalf(nn.Module):
     """The later layers and the final norm, on the rows it is given."""
 
-    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", layers: nn.ModuleList, norm: nn.Module) -> None:
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", model: "SwiftKVModel") -> None:
         super().__init__()
-        self.layers, self.norm = layers, norm
+        self.layers, self.norm = model.layers[model.blueprint.spec.num_key_value_layers :], model.norm
 
     def forward(self, hidden_RD: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """What the LM head reads. Shapes: hidden [R, D], positions [R] -> [R, D]."""
@@ -92,55 +86,36 @@ class LaterHalf(nn.Module):
 class SwiftKVModel(nn.Module):
     """Both halves, and the choice of rows between them."""
 
-    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str, prefill_only: bool) -> None:
         super().__init__()
-        config = vllm_config.model_config.hf_config
-        spec = SwiftKVSpec.from_hf_config(config.to_dict())
-        kept, num_layers = spec.num_key_value_layers, spec.shape.num_hidden_layers
-        bias = FAMILIES[config.model_type].has_qkv_bias(config)
-
+        self.blueprint = blueprint = Blueprint.from_vllm_config(vllm_config)
+        spec, hidden_size, layers = blueprint.spec, blueprint.shape.hidden_size, f"{prefix}.layers"
         self.embed_tokens = VocabParallelEmbedding(
-            config.vocab_size,
-            config.hidden_size,
+            blueprint.shape.vocab_size,
+            hidden_size,
             quant_config=vllm_config.quant_config,
             prefix=f"{prefix}.embed_tokens",
         )
-        first_layers = [LlamaDecoderLayer(vllm_config, f"{prefix}.layers.{i}") for i in range(kept)]
+        self.layers = nn.ModuleList(build_first_layer(blueprint, layers, i) for i in range(spec.num_key_value_layers))
+        self.norm_swiftkv = blueprint.build_norm(hidden_size)
         # All holders before the first reader: vLLM skips only in the last unbroken run of sharing layers.
         self.kv_holders = nn.ModuleDict(
-            {
-                str(i): KVHolder(config, vllm_config, bias, name_holder(f"{prefix}.layers.{i}.self_attn"))
-                for i in spec.leader_layers
-            }
+            {str(i): KVHolder(blueprint, f"{layers}.{i}.self_attn") for i in spec.leader_layers}
         )
-        later_layers = [
-            LlamaDecoderLayer(vllm_config, f"{prefix}.layers.{i}", attn_layer_type=ReaderAttention)
-            for i in range(kept, num_layers)
-        ]
-        self.layers = nn.ModuleList(first_layers + later_layers)
-        self.norm_swiftkv = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-
         with set_model_tag("swiftkv_first_half"):
-            self.first_half = FirstHalf(
-                vllm_config=vllm_config,
-                prefix=f"{prefix}.first_half",
-                embed_tokens=self.embed_tokens,
-                layers=self.layers[:kept],
-                norm_swiftkv=self.norm_swiftkv,
-                kv_holders=self.kv_holders,
-            )
+            self.first_half = FirstHalf(vllm_config=vllm_config, prefix=f"{prefix}.first_half", model=self)
+        self.later_half = None
+        if prefill_only:
+            return
+        later = range(spec.num_key_value_layers, spec.shape.num_hidden_layers)
+        self.layers.extend(build_later_layer(blueprint, layers, i) for i in later)
+        self.norm = blueprint.build_norm(hidden_size)
         with set_model_tag("swiftkv_later_half"):
-            self.later_half = LaterHalf(
-                vllm_config=vllm_config,
-                prefix=f"{prefix}.later_half",
-                layers=self.layers[kept:],
-                norm=self.norm,
-            )
-        self._last_reader = f"{prefix}.layers.{num_layers - 1}.self_attn.attn"
+            self.later_half = LaterHalf(vllm_config=vllm_config, prefix=f"{prefix}.later_half", model=self)
+        self._last_reader = f"{layers}.{spec.shape.num_hidden_layers - 1}.self_attn.attn"
         # CUDA graphs of the later half read their inputs at fixed addresses.
         max_tokens = vllm_config.scheduler_config.max_num_batched_tokens
-        self._rows_RD = torch.zeros(max_tokens, config.hidden_size, dtype=self.norm.weight.dtype)
+        self._rows_RD = torch.zeros(max_tokens, hidden_size, dtype=self.norm.weight.dtype)
         self._row_positions_R = torch.zeros(max_tokens, dtype=torch.int64)
 
     def forward(
@@ -151,17 +126,24 @@ class SwiftKVModel(nn.Module):
     ) -> torch.Tensor:
         """Hidden states, right at every row that is sampled from and zero at prompt rows that are skipped.
 
-        Shapes: input_ids [T], positions [T] -> [T, D].
+        In the role `prefill`, the residual stream at the cut. Shapes: input_ids [T], positions [T] -> [T, D].
         """
         boundary_TD, _ = self.first_half(input_ids, positions, inputs_embeds)
+        if self.later_half is None:
+            return boundary_TD
         rows_R, num_rows = self._find_rows()
+        # Copied even when all rows go on: a CUDA graph that is captured without metadata replays with it.
         if rows_R is None:
-            return self.later_half(boundary_TD, positions)
-        # The runner pads the rows to a size that a CUDA graph was captured for.
-        padded = rows_R.shape[0]
-        torch.index_select(boundary_TD, 0, rows_R, out=self._rows_RD[:padded])
-        torch.index_select(positions, 0, rows_R, out=self._row_positions_R[:padded])
+            padded = boundary_TD.shape[0]
+            self._rows_RD[:padded].copy_(boundary_TD)
+            self._row_positions_R[:padded].copy_(positions)
+        else:  # the runner pads the rows to a size that a CUDA graph was captured for
+            padded = rows_R.shape[0]
+            torch.index_select(boundary_TD, 0, rows_R, out=self._rows_RD[:padded])
+            torch.index_select(positions, 0, rows_R, out=self._row_positions_R[:padded])
         later_RD = self.later_half(self._rows_RD[:padded], self._row_positions_R[:padded])
+        if rows_R is None:
+            return later_RD
         output_TD = torch.zeros_like(boundary_TD)
         output_TD[rows_R[:num_rows]] = later_RD[:num_rows]
         return output_TD
@@ -169,8 +151,9 @@ class SwiftKVModel(nn.Module):
     def _find_rows(self) -> tuple[torch.Tensor | None, int]:
         """Rows of this step whose logits are needed (padded), and how many; None means all of them."""
         metadata = get_forward_context().attn_metadata  # None in vLLM's profiling runs
-        if not isinstance(metadata, dict):
+        if metadata is None:
             return None, 0
+        assert isinstance(metadata, dict), "steps that are cut in two are refused by the verifier"
         reader_metadata: Any = metadata.get(self._last_reader)
         if not isinstance(reader_metadata, KVSharingFastPrefillMetadata):
             return None, 0
@@ -181,8 +164,8 @@ class SwiftKVModel(nn.Module):
         return rows_R, reader_metadata.num_logits_indices
 
 
-class LlamaSwiftKVForCausalLM(nn.Module, SupportsQuant):
-    """Llama with SwiftKV, as vLLM loads it from a checkpoint in the published format."""
+class SwiftKVForCausalLM(nn.Module, SupportsQuant, SupportsLoRA):
+    """A SwiftKV model of any family, as vLLM loads it from a checkpoint in the published format."""
 
     packed_modules_mapping = {  # noqa: RUF012  vLLM reads it from the class
         "qkv_proj": ["q_proj", "k_proj", "v_proj"],
@@ -190,9 +173,6 @@ class LlamaSwiftKVForCausalLM(nn.Module, SupportsQuant):
         "gate_up_proj": ["gate_proj", "up_proj"],
     }
     hf_to_vllm_mapper = WeightsMapper(
-        orig_to_new_regex={
-            re.compile(r"\.layers\.(\d+)\.self_attn\.([kv]_proj_swiftkv)"): r".kv_holders.\1.\2",
-        },
         orig_to_new_stacked={
             ".q_proj.": (".qkv_proj.", "q"),
             ".k_proj.": (".qkv_proj.", "k"),
@@ -207,7 +187,15 @@ class LlamaSwiftKVForCausalLM(nn.Module, SupportsQuant):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         self.config = vllm_config.model_config.hf_config
-        self.model = SwiftKVModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
+        self.folder = Path(vllm_config.model_config.model)
+        self.prefill_only = vllm_config.additional_config.get(ROLE_KEY) == "prefill"
+        self.model = SwiftKVModel(
+            vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"), prefill_only=self.prefill_only
+        )
+        self.spec = self.model.blueprint.spec
+        self.hf_to_vllm_mapper = self._build_mapper()
+        if self.prefill_only:
+            return
         self.lm_head = ParallelLMHead(
             self.config.vocab_size,
             self.config.hidden_size,
@@ -230,21 +218,43 @@ class LlamaSwiftKVForCausalLM(nn.Module, SupportsQuant):
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Hidden states of the step, see `SwiftKVModel.forward`."""
-        assert intermediate_tensors is None, "pipeline stages are refused by the plugin"
+        assert intermediate_tensors is None, "pipeline stages are refused by the verifier"
         return self.model(input_ids, positions, inputs_embeds)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        """Logits of the rows given. Shapes: [R, D] -> [R, V]."""
+        """Logits of the rows given; of no meaning in the role `prefill`. Shapes: [R, D] -> [R, V]."""
+        if self.prefill_only:
+            return self._build_unused_logits(hidden_states)
         return self.logits_processor(self.lm_head, hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Load a checkpoint; the teacher's own projections of the later layers, if there, are left out."""
-        spec = SwiftKVSpec.from_hf_config(self.config.to_dict())
-        later = "|".join(str(i) for i in range(spec.num_key_value_layers, spec.shape.num_hidden_layers))
-        teacher_projection = re.compile(rf"\.layers\.({later})\.self_attn\.[qkv]_proj\.") if later else None
-        wanted = (
-            (name, tensor)
-            for name, tensor in weights
-            if teacher_projection is None or not teacher_projection.search(name)
+        """Load what serving needs of a checkpoint, see engine/weights.py.
+
+        A prefill half opens the folder itself: vLLM's `weights` come with their bytes already read.
+        """
+        if self.prefill_only and self.folder.is_dir():
+            placed = read_prefill_tensors(self.folder, self.spec)
+        else:
+            placed = place_tensors(weights, self.spec, self.prefill_only)
+        return AutoWeightsLoader(self).load_weights(placed, mapper=self.hf_to_vllm_mapper)
+
+    def _build_unused_logits(self, hidden_RD: torch.Tensor) -> torch.Tensor:
+        """Logits whose token ends no answer: NIXL hands over the KV only of requests that ran to their length."""
+        ends = self.config.eos_token_id
+        end_ids = ends if isinstance(ends, list) else [ends]
+        token = next(i for i in reversed(range(self.config.vocab_size)) if i not in end_ids)
+        logits_RV = hidden_RD.new_zeros(hidden_RD.shape[0], self.config.vocab_size)
+        logits_RV[:, token] = 100.0
+        return logits_RV
+
+    def _build_mapper(self) -> WeightsMapper:
+        """The class's mapper, and names for an adapter's tensors past the cut that vLLM refuses as unknown modules."""
+        later = "|".join(str(i) for i in range(self.spec.num_key_value_layers, self.spec.shape.num_hidden_layers))
+        past_cut = re.compile(rf"(\.layers\.(?:{later})\..+)\.(lora_[AB]\.)")
+        return WeightsMapper(
+            orig_to_new_regex={past_cut: r"\1.no_adapter_past_the_swiftkv_cut.\2"} if later else {},
+            orig_to_new_stacked=self.hf_to_vllm_mapper.orig_to_new_stacked,
         )
-        return AutoWeightsLoader(self).load_weights(wanted, mapper=self.hf_to_vllm_mapper)
+
+
+globals().update({f.architecture: type(f.architecture, (SwiftKVForCausalLM,), {}) for f in FAMILIES.values()})

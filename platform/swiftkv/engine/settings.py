@@ -14,6 +14,9 @@ from swiftkv.engine.compiler import has_cxx_compiler
 SKIPPING_KEY = "swiftkv_skipping"
 """Key of vLLM's `additional_config` that switches skipping off when it is False; the default is on."""
 
+ROLE_KEY = "swiftkv_role"
+"""Key of vLLM's `additional_config`: "full", or "prefill" for the first half alone; the default is full."""
+
 
 class EngineSettings(StrictModel):
     """One engine on one machine."""
@@ -37,8 +40,20 @@ class EngineSettings(StrictModel):
     cpu_cores: str | None = None
     """Cores that the engine computes on, such as "0" or "0-1"; None leaves it to vLLM, which keeps one core for its
     own processes. (Both of two cores: little faster prefill, much slower decoding; jobs/LOG.md.)"""
+    kv_cache_dtype: Literal["auto", "fp8"] = "auto"
+    """Of the KV cache; auto takes that of the weights, or what a quantised checkpoint names."""
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    """Processes that share every layer."""
     skipping: bool = True
     """Whether prompt tokens skip the later layers of a SwiftKV model; no effect on other models."""
+    role: Literal["full", "prefill"] = "full"
+    """What of a SwiftKV model is loaded: all of it, or the first half, which fills KV for a decode engine."""
+    kv_transfer: Literal["none", "producer", "consumer"] = "none"
+    """Whether KV goes to (prefill) or comes from (decode) another engine, over NIXL."""
+    num_ngram_tokens: int = Field(default=0, ge=0)
+    """Tokens that speculative decoding guesses per step from n-grams of the text so far; 0 guesses none."""
+    max_loras: int = Field(default=0, ge=0)
+    """LoRA adapters in one batch; 0 takes none. Of a SwiftKV model only the first layers can be adapted."""
 
     def lacks_compiler(self) -> bool:
         """Whether the engine runs eager only because this machine has no C++ compiler, which users are told."""
@@ -57,9 +72,17 @@ class EngineSettings(StrictModel):
         arguments["enforce_eager"] = self.is_eager()
         arguments |= {"load_format": "safetensors", "trust_remote_code": False}  # never a pickle, never its code
         arguments["kv_cache_memory_bytes"] = int(self.kv_cache_gib * 2**30)
-        if not self.skipping:
-            arguments["additional_config"] = {SKIPPING_KEY: False}
-        return arguments
+        arguments |= {"kv_cache_dtype": self.kv_cache_dtype, "tensor_parallel_size": self.tensor_parallel_size}
+        if self.kv_transfer != "none":
+            transfer = {"kv_connector": "NixlConnector", "kv_role": f"kv_{self.kv_transfer}"}
+            arguments["kv_transfer_config"] = transfer
+        if self.num_ngram_tokens:
+            guess = {"method": "ngram", "num_speculative_tokens": self.num_ngram_tokens, "prompt_lookup_max": 4}
+            arguments["speculative_config"] = guess
+        if self.max_loras:
+            arguments |= {"enable_lora": True, "max_loras": self.max_loras}
+        own = ({} if self.skipping else {SKIPPING_KEY: False}) | ({} if self.role == "full" else {ROLE_KEY: self.role})
+        return arguments | ({"additional_config": own} if own else {})
 
     def build_environment(self) -> dict[str, str]:
         """The settings that vLLM's CPU build reads from the environment of the engine's process."""

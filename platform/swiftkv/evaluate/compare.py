@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from swiftkv.model.modeling import LlamaSwiftKVForCausalLM
+from swiftkv.model.modeling import SwiftKVForCausalLM
 from swiftkv.text import Rows
 
 _BATCH_LOGITS_BYTES = 2**28
@@ -43,7 +43,7 @@ def split_batches(rows: Rows, vocab_size: int) -> list[Rows]:
 
 
 @torch.no_grad()
-def compare_with_teacher(model: LlamaSwiftKVForCausalLM, batches: Iterable[Rows]) -> Comparison:
+def compare_with_teacher(model: SwiftKVForCausalLM, batches: Iterable[Rows]) -> Comparison:
     """Score teacher and student on the rows; there must be at least one.
 
     Raises: CheckpointError if the checkpoint was stored without its teacher.
@@ -61,7 +61,7 @@ def compare_with_teacher(model: LlamaSwiftKVForCausalLM, batches: Iterable[Rows]
     return Comparison(positions, math.exp(teacher_nll), math.exp(student_nll), agreement, kl)
 
 
-def _compute_log_probabilities(model: LlamaSwiftKVForCausalLM, last_BTD: Tensor) -> Tensor:
+def _compute_log_probabilities(model: SwiftKVForCausalLM, last_BTD: Tensor) -> Tensor:
     return F.log_softmax(model.lm_head(last_BTD[:, :-1]).float(), dim=-1)
 
 

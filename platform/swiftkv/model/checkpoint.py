@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 from swiftkv.errors import CheckpointError
 from swiftkv.families import FAMILIES
 from swiftkv.hf_config import CONFIG_CLASSES, register_config_classes
-from swiftkv.model.modeling import LlamaSwiftKVForCausalLM
+from swiftkv.model.modeling import MODEL_CLASSES, SwiftKVForCausalLM
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -82,7 +82,7 @@ def load_tokenizer(folder: Path) -> Any:
         ) from None
 
 
-def load_student(folder: Path, dtype: torch.dtype | None = None) -> LlamaSwiftKVForCausalLM:
+def load_student(folder: Path, dtype: torch.dtype | None = None) -> SwiftKVForCausalLM:
     """A SwiftKV checkpoint, ours or Snowflake's, with or without the teacher's own later projections.
 
     `dtype` None takes the checkpoint's.
@@ -96,10 +96,10 @@ def load_student(folder: Path, dtype: torch.dtype | None = None) -> LlamaSwiftKV
             f"({', '.join(FAMILIES)}). Distill the model first."
         )
     config = CONFIG_CLASSES[values["model_type"]].from_pretrained(folder)
-    return load_into(LlamaSwiftKVForCausalLM, config, folder, dtype, may_miss=None)
+    return load_into(MODEL_CLASSES[config.model_type], config, folder, dtype, may_miss=None)
 
 
-def save_student(model: LlamaSwiftKVForCausalLM, folder: Path, teacher_folder: Path | None = None) -> None:
+def save_student(model: SwiftKVForCausalLM, folder: Path, teacher_folder: Path | None = None) -> None:
     """Write the checkpoint in the published format, in one dtype, that of the embeddings.
 
     Tokenizer and the like are taken from the teacher's folder.
@@ -164,7 +164,7 @@ def _write_older_rope_keys(path: Path) -> None:
 
 def _drop_absent_teacher(model: PreTrainedModel, missing: list[str]) -> set[str]:
     """Take away the later layers' teacher projections if the checkpoint was stored without any of them."""
-    if not isinstance(model, LlamaSwiftKVForCausalLM):
+    if not isinstance(model, SwiftKVForCausalLM):
         return set()
     teacher_projection = re.compile(r"model\.layers\.(\d+)\.self_attn\.[qkv]_proj\.")
     kept = model.model.spec.num_key_value_layers

@@ -15,7 +15,7 @@ from swiftkv.errors import CheckpointError
 from swiftkv.families import find_teacher_family
 from swiftkv.hf_config import CONFIG_CLASSES
 from swiftkv.model.checkpoint import load_into, read_config
-from swiftkv.model.modeling import LlamaSwiftKVForCausalLM
+from swiftkv.model.modeling import MODEL_CLASSES, SwiftKVForCausalLM
 from swiftkv.spec import SwiftKVSpec
 
 
@@ -41,7 +41,7 @@ def convert_teacher(
     num_key_value_layers: int | None,
     key_value_group_size: int = 1,
     dtype: torch.dtype | None = None,
-) -> LlamaSwiftKVForCausalLM:
+) -> SwiftKVForCausalLM:
     """The teacher in `folder` with untrained student projections beside its own; None takes the teacher's dtype.
 
     Raises: what `resolve_cut` raises; CheckpointError if the weights do not belong to the config.
@@ -56,13 +56,13 @@ def convert_teacher(
     }
     config = CONFIG_CLASSES[family.model_type](**values)
     config.architectures = [family.architecture]
-    model = load_into(LlamaSwiftKVForCausalLM, config, folder, dtype, may_miss="swiftkv")
+    model = load_into(MODEL_CLASSES[family.model_type], config, folder, dtype, may_miss="swiftkv")
     initialise_student(model)
     return model
 
 
 @torch.no_grad()
-def initialise_student(model: LlamaSwiftKVForCausalLM) -> None:
+def initialise_student(model: SwiftKVForCausalLM) -> None:
     """Set the student's projections and norm from the teacher's."""
     spec, layers = model.model.spec, model.model.later_layers
     if not layers:

@@ -1,37 +1,32 @@
-"""Llama with SwiftKV in Hugging Face form: teacher and student in one set of weights.
+"""SwiftKV models in Hugging Face form, one class per family: teacher and student in one set of weights.
 
-The first layers are the teacher's and run once for both. The later layers run in one of two ways: as the
-teacher's own (`run_teacher_half`) or as the student's (`run_student_half`), whose keys and values all come from
-the boundary hidden state and whose queries have projections of their own. Everything else is shared.
+The decoder layers are transformers' own of the family; the later ones carry the student's projections beside the
+teacher's. The first layers are the teacher's and run once for both. The later layers run in one of two ways: as the
+teacher's own (`run_teacher_half`) or as the student's (`run_student_half`), whose keys and values all come from the
+boundary hidden state and whose queries have projections of their own. Everything else is shared.
 Does not train (distill/), convert or store (convert.py, checkpoint.py).
 Called by: distill/step.py, evaluate/compare.py; loaded by checkpoint.py and convert.py.
+Calls: families.py, and transformers' module of each family.
 Source: SwiftKV (arXiv 2410.03960) section 3; tensor names as in Snowflake's published checkpoints.
 
 Shapes: B rows, T tokens, D hidden, N query heads, K KV heads, H head size, V vocabulary.
 """
 
+import importlib
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, GenerationMixin
-from transformers.masking_utils import create_causal_mask
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import (
-    LlamaAttention,
-    LlamaDecoderLayer,
-    LlamaPreTrainedModel,
-    LlamaRMSNorm,
-    LlamaRotaryEmbedding,
-    apply_rotary_pos_emb,
-    eager_attention_forward,
-)
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
 
 from swiftkv.errors import CheckpointError
-from swiftkv.families import FAMILIES
-from swiftkv.hf_config import LlamaSwiftKVConfig
+from swiftkv.families import FAMILIES, Family
+from swiftkv.hf_config import CONFIG_CLASSES
 from swiftkv.spec import SwiftKVSpec
 
 _IGNORED_BY_GENERATE = ("return_dict", "cache_position")
@@ -61,81 +56,30 @@ class LaterStates:
     """Residual stream after the second-to-last layer, which the hidden loss compares."""
 
 
-class SwiftKVAttention(LlamaAttention):
-    """A later layer's attention: the teacher's own projections and the student's beside them."""
-
-    def __init__(self, config: LlamaSwiftKVConfig, layer_idx: int, is_leader: bool) -> None:
-        super().__init__(config, layer_idx)
-        bias = FAMILIES[config.model_type].has_qkv_bias(config)
-        query_size = config.num_attention_heads * self.head_dim
-        key_value_size = config.num_key_value_heads * self.head_dim
-        self.q_proj_swiftkv = nn.Linear(config.hidden_size, query_size, bias=bias)
-        if is_leader:
-            self.k_proj_swiftkv = nn.Linear(config.hidden_size, key_value_size, bias=bias)
-            self.v_proj_swiftkv = nn.Linear(config.hidden_size, key_value_size, bias=bias)
-
-    def project_key_value(self, normed_BTD: Tensor, boundary: Boundary) -> tuple[Tensor, Tensor]:
-        """The group's keys (rotated) and values, past ones included. Shapes: [B, T, D] -> 2 x [B, K, T, H]."""
-        key = self._split_heads(self.k_proj_swiftkv(normed_BTD))
-        value = self._split_heads(self.v_proj_swiftkv(normed_BTD))
-        _, key = apply_rotary_pos_emb(key, key, *boundary.position_embeddings)
-        if boundary.past_key_values is not None:
-            key, value = boundary.past_key_values.update(key, value, self.layer_idx)
-        return key, value
-
-    def attend_shared(self, hidden_BTD: Tensor, key: Tensor, value: Tensor, boundary: Boundary) -> Tensor:
-        """Attention output of own queries over the group's keys and values. Shapes: [B, T, D] -> [B, T, D]."""
-        query = self._split_heads(self.q_proj_swiftkv(hidden_BTD))
-        query, _ = apply_rotary_pos_emb(query, query, *boundary.position_embeddings)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        attended, _ = attend(self, query, key, value, boundary.causal_mask, dropout=0.0, scaling=self.scaling)
-        output: Tensor = self.o_proj(attended.reshape(*hidden_BTD.shape[:-1], -1))
-        return output
-
-    def _split_heads(self, projected: Tensor) -> Tensor:
-        return projected.view(*projected.shape[:-1], -1, self.head_dim).transpose(1, 2)
-
-
-class SwiftKVDecoderLayer(LlamaDecoderLayer):
-    """A later layer; `forward` is the teacher's, `forward_shared` the student's."""
-
-    def __init__(self, config: LlamaSwiftKVConfig, layer_idx: int, is_leader: bool) -> None:
-        super().__init__(config, layer_idx)
-        self.self_attn = SwiftKVAttention(config, layer_idx, is_leader)
-
-    def forward_shared(self, hidden_BTD: Tensor, key: Tensor, value: Tensor, boundary: Boundary) -> Tensor:
-        """The layer with the group's keys and values. Shapes: [B, T, D] -> [B, T, D]."""
-        normed_BTD = self.input_layernorm(hidden_BTD)
-        hidden_BTD = hidden_BTD + self.self_attn.attend_shared(normed_BTD, key, value, boundary)
-        output: Tensor = hidden_BTD + self.mlp(self.post_attention_layernorm(hidden_BTD))
-        return output
-
-
-class LlamaSwiftKVModel(LlamaPreTrainedModel):
+class SwiftKVModel(nn.Module):
     """The decoder without LM head, in two halves."""
 
-    config_class = LlamaSwiftKVConfig
-
-    def __init__(self, config: LlamaSwiftKVConfig) -> None:
-        super().__init__(config)
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__()
+        self.config = config
         self.spec = SwiftKVSpec.from_hf_config(config.to_dict())
-        kept = self.spec.num_key_value_layers
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        self.layers = nn.ModuleList(
-            LlamaDecoderLayer(config, i)
-            if i < kept
-            else SwiftKVDecoderLayer(config, i, is_leader=i in self.spec.leader_layers)
-            for i in range(config.num_hidden_layers)
+        self.family = FAMILIES[config.model_type]
+        self.sliding_window = self.family.find_sliding_window(config)
+        build_layer, build_norm, build_rotary = (
+            _find_class(self.family, kind) for kind in ("DecoderLayer", "RMSNorm", "RotaryEmbedding")
         )
-        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.norm_swiftkv = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = LlamaRotaryEmbedding(config=config)
-        self.post_init()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(build_layer(config, i) for i in range(config.num_hidden_layers))
+        for index, layer in enumerate(self.later_layers, start=self.spec.num_key_value_layers):
+            _add_student_projections(layer.self_attn, is_leader=index in self.spec.leader_layers)
+        self.norm = build_norm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm_swiftkv = build_norm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = build_rotary(config=config)
 
     @property
-    def later_layers(self) -> list[SwiftKVDecoderLayer]:
+    def later_layers(self) -> list[Any]:
         """The layers that a prompt token skips when served."""
-        return cast("list[SwiftKVDecoderLayer]", list(self.layers[self.spec.num_key_value_layers :]))
+        return list(self.layers[self.spec.num_key_value_layers :])
 
     @property
     def has_teacher(self) -> bool:
@@ -156,7 +100,8 @@ class LlamaSwiftKVModel(LlamaPreTrainedModel):
             past_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(past_tokens, past_tokens + hidden_BTD.shape[1], device=hidden_BTD.device)
             position_ids = position_ids.unsqueeze(0)
-        causal_mask = create_causal_mask(
+        create_mask = create_causal_mask if self.sliding_window is None else create_sliding_window_causal_mask
+        causal_mask = create_mask(
             config=self.config,
             inputs_embeds=hidden_BTD,
             attention_mask=attention_mask,
@@ -194,8 +139,10 @@ class LlamaSwiftKVModel(LlamaPreTrainedModel):
         for index, layer in enumerate(self.later_layers, start=self.spec.num_key_value_layers):
             penultimate_BTD = hidden_BTD
             if index in self.spec.leader_layers:
-                key, value = layer.self_attn.project_key_value(normed_BTD, boundary)
-            hidden_BTD = layer.forward_shared(hidden_BTD, key, value, boundary)
+                key, value = self._project_key_value(layer.self_attn, normed_BTD, boundary)
+            attended_BTD = self._attend(layer.self_attn, layer.input_layernorm(hidden_BTD), key, value, boundary)
+            hidden_BTD = hidden_BTD + attended_BTD
+            hidden_BTD = hidden_BTD + layer.mlp(layer.post_attention_layernorm(hidden_BTD))
         return LaterStates(self.norm(hidden_BTD), penultimate_BTD)
 
     def _run_teacher_layer(self, layer: nn.Module, hidden_BTD: Tensor, boundary: Boundary) -> Tensor:
@@ -207,16 +154,53 @@ class LlamaSwiftKVModel(LlamaPreTrainedModel):
         )
         return output
 
+    def _project_key_value(self, leader: Any, normed_BTD: Tensor, boundary: Boundary) -> tuple[Tensor, Tensor]:
+        """The group's keys (rotated) and values, past ones included. Shapes: [B, T, D] -> 2 x [B, K, T, H]."""
+        key, value = (
+            projection(normed_BTD).unflatten(-1, (-1, leader.head_dim))
+            for projection in (leader.k_proj_swiftkv, leader.v_proj_swiftkv)
+        )
+        if self.family.norms_heads:
+            key = leader.k_norm(key)
+        key, value = key.transpose(1, 2), value.transpose(1, 2)
+        _, key = apply_rotary_pos_emb(key, key, *boundary.position_embeddings)
+        if boundary.past_key_values is not None:
+            key, value = boundary.past_key_values.update(key, value, leader.layer_idx)
+        return key, value
 
-class LlamaSwiftKVForCausalLM(LlamaPreTrainedModel, GenerationMixin):
-    """The student as an ordinary Hugging Face causal LM; `forward(..., teacher=True)` is the teacher."""
+    def _attend(self, attention: Any, hidden_BTD: Tensor, key: Tensor, value: Tensor, boundary: Boundary) -> Tensor:
+        """Attention output of own queries over the group's keys and values. Shapes: [B, T, D] -> [B, T, D]."""
+        query = attention.q_proj_swiftkv(hidden_BTD).unflatten(-1, (-1, attention.head_dim))
+        if self.family.norms_heads:
+            query = attention.q_norm(query)
+        query = query.transpose(1, 2)
+        query, _ = apply_rotary_pos_emb(query, query, *boundary.position_embeddings)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        attended, _ = attend(
+            attention,
+            query,
+            key,
+            value,
+            boundary.causal_mask,
+            dropout=0.0,
+            scaling=attention.scaling,
+            sliding_window=self.sliding_window,
+        )
+        output: Tensor = attention.o_proj(attended.reshape(*hidden_BTD.shape[:-1], -1))
+        return output
 
-    config_class = LlamaSwiftKVConfig
+
+class SwiftKVForCausalLM(PreTrainedModel):
+    """The student as an ordinary Hugging Face causal LM; `forward(..., teacher=True)` is the teacher.
+
+    The families' classes (`MODEL_CLASSES`) are made of this and of transformers' `…PreTrainedModel` of the family.
+    """
+
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012  transformers' own form
 
-    def __init__(self, config: LlamaSwiftKVConfig) -> None:
+    def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
-        self.model = LlamaSwiftKVModel(config)
+        self.model = SwiftKVModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
@@ -247,3 +231,28 @@ class LlamaSwiftKVForCausalLM(LlamaPreTrainedModel, GenerationMixin):
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits_BTV = self.lm_head(states.last_BTD[:, kept])
         return CausalLMOutputWithPast(logits=logits_BTV, past_key_values=past_key_values)
+
+
+def _find_class(family: Family, kind: str) -> Any:
+    """Transformers' class of the family, such as its `DecoderLayer`."""
+    name = family.teacher_model_type
+    return getattr(importlib.import_module(f"transformers.models.{name}.modeling_{name}"), family.class_prefix + kind)
+
+
+def _add_student_projections(attention: Any, is_leader: bool) -> None:
+    """Give a later layer's attention the student's projections, shaped as the teacher's own."""
+    for kind in "qkv" if is_leader else "q":
+        own: nn.Linear = getattr(attention, f"{kind}_proj")
+        projection = nn.Linear(own.in_features, own.out_features, bias=own.bias is not None)
+        attention.add_module(f"{kind}_proj_swiftkv", projection)
+
+
+def _build_model_class(family: Family) -> type[SwiftKVForCausalLM]:
+    bases = (SwiftKVForCausalLM, _find_class(family, "PreTrainedModel"), GenerationMixin)
+    config_class = CONFIG_CLASSES[family.model_type]
+    attributes = {"config_class": config_class, "__module__": __name__, "__annotations__": {"config": config_class}}
+    return type(family.architecture, bases, attributes)
+
+
+MODEL_CLASSES = {model_type: _build_model_class(family) for model_type, family in FAMILIES.items()}
+"""SwiftKV `model_type` -> model class."""

@@ -12,14 +12,14 @@ from swiftkv.distill.losses import compute_hidden_loss, compute_learning_rate_fa
 from swiftkv.distill.step import DistillStep
 from swiftkv.errors import ShapeError
 from swiftkv.model.convert import convert_teacher, freeze_teacher
-from swiftkv.model.modeling import LlamaSwiftKVForCausalLM
+from swiftkv.model.modeling import SwiftKVForCausalLM
 
 IDS = torch.arange(60).reshape(2, 30) * 7 % 256
 MASK = torch.rand(2, 30, generator=torch.Generator().manual_seed(0)) < 0.6
 
 
 @pytest.fixture
-def model(tmp_path: Path) -> LlamaSwiftKVForCausalLM:
+def model(tmp_path: Path) -> SwiftKVForCausalLM:
     model = convert_teacher(write_teacher(tmp_path), 2, 2)
     freeze_teacher(model)
     with torch.no_grad():  # away from the initialisation, where some gradients would be special
@@ -29,7 +29,7 @@ def model(tmp_path: Path) -> LlamaSwiftKVForCausalLM:
     return model
 
 
-def test_shared_first_half_gives_the_loss_and_gradients_of_two_whole_passes(model: LlamaSwiftKVForCausalLM) -> None:
+def test_shared_first_half_gives_the_loss_and_gradients_of_two_whole_passes(model: SwiftKVForCausalLM) -> None:
     losses = DistillStep(model, temperature=2.0, hidden_loss_weight=0.5)(IDS, MASK, num_positions=int(MASK.sum()))
     losses["loss"].backward()
     shared = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -82,7 +82,7 @@ def test_learning_rate_warms_up_and_decays_to_almost_zero() -> None:
 
 
 def _compute_loss_of_two_whole_passes(
-    model: LlamaSwiftKVForCausalLM, temperature: float, hidden_loss_weight: float
+    model: SwiftKVForCausalLM, temperature: float, hidden_loss_weight: float
 ) -> torch.Tensor:
     decoder, states = model.model, []
     for run_half, grad in ((decoder.run_teacher_half, False), (decoder.run_student_half, True)):

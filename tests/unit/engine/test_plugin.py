@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from swiftkv.families import FAMILIES
+
 SNAPSHOT = """
 import sys, types
 import vllm.model_executor.models.config, vllm.v1.worker.gpu_model_runner
@@ -41,7 +43,8 @@ print(sorted(set(MODELS_CONFIG_MAP) - set(config_map)), sorted(set(ModelRegistry
 def test_registration_adds_our_names_and_changes_nothing_that_existed() -> None:
     result = subprocess.run([sys.executable, "-c", SNAPSHOT], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-2000:]
-    assert result.stdout.splitlines()[-1] == "['LlamaSwiftKVForCausalLM'] ['LlamaSwiftKVForCausalLM']"
+    ours = sorted(family.architecture for family in FAMILIES.values())
+    assert result.stdout.splitlines()[-1] == f"{ours} {ours}"
 
 
 def test_vllm_finds_the_plugin_of_the_installed_package() -> None:

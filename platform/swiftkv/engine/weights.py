@@ -1,0 +1,62 @@
+"""Which tensors of a SwiftKV checkpoint an engine needs, under which names, and reading only these.
+
+A checkpoint may keep the teacher's own projections of the later layers, which serving never needs; the prefill half
+needs none of the later layers but the holders' projections, and no LM head.
+Called by: engine/model.py. Calls: safetensors.
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from swiftkv.spec import SwiftKVSpec
+
+NamedTensors = Iterable[tuple[str, torch.Tensor]]
+
+_LAYER = re.compile(r"(?P<layers>(?:.+\.)?layers)\.(?P<layer>\d+)\.(?P<part>.+)")
+_HOLDER_PART = re.compile(r"self_attn\.((?:[kv]_proj_swiftkv|k_norm)\..+)")
+_KV_SCALE = re.compile(r"self_attn\.([qkv]_scale)")
+_TEACHER_PART = re.compile(r"self_attn\.(?:[qkv]_proj|k_norm)\.")
+
+
+def place_tensor(name: str, spec: SwiftKVSpec, prefill_only: bool) -> list[str]:
+    """The engine's names for a tensor of the checkpoint; none where the engine has no use for it.
+
+    A group's KV scales go to its holder and to each of its readers: an FP8 cache is written with the one and read
+    with the others.
+    """
+    match = _LAYER.fullmatch(name)
+    if match is None:
+        return [] if prefill_only and not name.startswith(("model.embed_tokens.", "model.norm_swiftkv.")) else [name]
+    layers, layer, part = match["layers"], int(match["layer"]), match["part"]
+    scale = _KV_SCALE.fullmatch(part)
+    if layer < spec.num_key_value_layers:
+        return [f"{layers}.{layer}.self_attn.attn.{scale[1]}" if scale else name]
+    holders = f"{layers.removesuffix('layers')}kv_holders.{layer}"
+    is_leader = layer in spec.leader_layers
+    if scale:
+        group = range(layer, layer + spec.key_value_group_size) if is_leader and not prefill_only else ()
+        readers = [f"{layers}.{reader}.self_attn.attn.{scale[1]}" for reader in group]
+        return [f"{holders}.attn.{scale[1]}", *readers] if is_leader else []
+    if (held := _HOLDER_PART.fullmatch(part)) is not None:
+        return [f"{holders}.{held[1]}"] if is_leader else []
+    return [] if prefill_only or _TEACHER_PART.match(part) else [name]
+
+
+def place_tensors(tensors: NamedTensors, spec: SwiftKVSpec, prefill_only: bool) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors that the engine needs, under its names."""
+    for name, tensor in tensors:
+        for placed in place_tensor(name, spec, prefill_only):
+            yield placed, tensor
+
+
+def read_prefill_tensors(folder: Path, spec: SwiftKVSpec) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors that the prefill half needs, under the engine's names; the bytes of the others are never read."""
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():
+                for placed in place_tensor(name, spec, prefill_only=True):
+                    yield placed, file.get_tensor(name)
