@@ -1,7 +1,7 @@
 """Starts one engine on a tiny random SwiftKV model and asks it for 4 tokens. CI runs it on a bare system.
 
 Compares with the Hugging Face model's tokens, so that an engine that starts but skips wrongly is found too.
-Called by: scripts/ci_chroot.sh. Calls: bench/engine.py (the model), engine/llm.py.
+Called by: scripts/ci_chroot.sh. Calls: bench/models.py (the model), engine/llm.py.
 """
 
 import os
@@ -28,7 +28,7 @@ def generate_both(folder: Path) -> tuple[list[int], list[int]]:
     """The tokens that a new engine, and the Hugging Face model, add to a prompt of 40."""
     import torch
 
-    from swiftkv.bench.engine import build_random_prompts, write_random_models
+    from swiftkv.bench.models import build_random_prompts, write_random_models
     from swiftkv.engine.llm import generate_tokens, run_engine
     from swiftkv.engine.settings import EngineSettings
     from swiftkv.model.checkpoint import load_student

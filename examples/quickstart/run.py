@@ -167,7 +167,7 @@ def _chat(client: OpenAI, settings: dict[str, Any]) -> str:
 
 def _measure(teacher: Path, prompts: list[dict[str, Any]]) -> dict[str, Any]:
     """The same prompts through teacher and published student, in the same engine settings."""
-    from swiftkv.bench.engine import measure_pairs, summarise
+    from swiftkv.bench.pairs import measure_pairs, summarise
     from swiftkv.engine.settings import EngineSettings
     from swiftkv.model.checkpoint import read_config
     from swiftkv.registry.registry import Registry

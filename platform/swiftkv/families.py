@@ -46,6 +46,19 @@ class Family:
         """Whether O projections carry biases, given the family's Hugging Face config."""
         return self.projection_bias == "config" and bool(getattr(config, "attention_bias", False))
 
+    def verify(self, config: Any) -> None:
+        """Refuse the family's models whose layers are not all alike.
+
+        Raises: CheckpointError naming the config's key.
+        """
+        self.find_sliding_window(config)
+        if self.mlp == "experts" and (config.mlp_only_layers or config.decoder_sparse_step != 1):
+            raise CheckpointError(
+                f"Only some layers of this {self.teacher_model_type} model have experts (mlp_only_layers or "
+                "decoder_sparse_step in config.json), which SwiftKV cannot serve yet. Choose a model whose layers are "
+                "all alike."
+            )
+
     def find_sliding_window(self, config: Any) -> int | None:
         """How many tokens back every layer attends, itself included; None means all of them.
 
@@ -68,6 +81,7 @@ _ROWS = (
     Family("mistral", "Mistral", projection_bias="none"),
     Family("qwen2", "Qwen2", projection_bias="qkv"),
     Family("qwen3", "Qwen3", norms_heads=True),
+    Family("qwen3_moe", "Qwen3Moe", norms_heads=True, mlp="experts"),
 )
 
 FAMILIES: Mapping[str, Family] = {family.model_type: family for family in _ROWS}

@@ -14,16 +14,21 @@ from swiftkv.errors import ConfigError
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes of a dense decoder, as its config.json gives them."""
+    """The sizes of a decoder, as its config.json gives them."""
 
     hidden_size: int
     intermediate_size: int
+    """Of the MLP, or of each expert."""
     num_hidden_layers: int
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
     vocab_size: int
     tie_word_embeddings: bool = False
+    num_experts: int = 0
+    """Experts of each layer; 0 is one MLP instead."""
+    num_experts_per_tok: int = 0
+    """Experts that a token runs through."""
 
     @classmethod
     def from_hf_config(cls, config: Mapping[str, Any]) -> "ModelShape":
@@ -42,15 +47,18 @@ class ModelShape:
         if missing:
             raise ConfigError(f"The model config lacks {', '.join(missing)}. Give a decoder's config.json.")
         heads = int(config["num_attention_heads"])
+        num_experts = int(config.get("num_experts") or config.get("num_local_experts") or 0)
         return cls(
             hidden_size=int(config["hidden_size"]),
-            intermediate_size=int(config["intermediate_size"]),
+            intermediate_size=int(config["moe_intermediate_size" if num_experts else "intermediate_size"]),
             num_hidden_layers=int(config["num_hidden_layers"]),
             num_attention_heads=heads,
             num_key_value_heads=int(config.get("num_key_value_heads") or heads),
             head_dim=int(config.get("head_dim") or config["hidden_size"] // heads),
             vocab_size=int(config["vocab_size"]),
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+            num_experts=num_experts,
+            num_experts_per_tok=int(config.get("num_experts_per_tok") or 0) if num_experts else 0,
         )
 
     @property
@@ -65,8 +73,17 @@ class ModelShape:
 
     @property
     def mlp_parameters(self) -> int:
-        """Weights of one layer's gate, up and down projections."""
-        return 3 * self.hidden_size * self.intermediate_size
+        """Weights of one layer's gate, up and down projections, of all experts and with their router."""
+        return self._count_mlp_parameters(self.num_experts)
+
+    @property
+    def active_mlp_parameters(self) -> int:
+        """Those of them that a token runs through."""
+        return self._count_mlp_parameters(self.num_experts_per_tok)
+
+    def _count_mlp_parameters(self, experts: int) -> int:
+        one = 3 * self.hidden_size * self.intermediate_size
+        return one * experts + self.hidden_size * self.num_experts if self.num_experts else one
 
     @property
     def vocab_parameters(self) -> int:
@@ -189,7 +206,7 @@ class SwiftKVSpec:
         return query + len(self.leader_layers) * self.shape.key_value_parameters + self.shape.hidden_size
 
     def compute_weight_bytes(self, bytes_per_parameter: float = 2) -> float:
-        """Bytes of weights that serving needs (2 bytes per parameter: bf16); biases are left out.
+        """Bytes of weights that serving needs (2 bytes per parameter: bf16); biases and head norms are left out.
 
         The teacher's own projections of the later layers, which some checkpoints keep, are not counted.
         """
@@ -206,6 +223,6 @@ class SwiftKVSpec:
         return TokenFlops(
             key_value=2.0 * self.num_kv_caches * shape.key_value_parameters,
             query_output=2.0 * layers_run * 2 * shape.query_parameters,
-            mlp=2.0 * layers_run * shape.mlp_parameters,
+            mlp=2.0 * layers_run * shape.active_mlp_parameters,
             attention=4.0 * layers_run * attended_tokens * query_size,
         )

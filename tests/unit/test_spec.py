@@ -4,6 +4,7 @@ A printed figure is met when ours is within 1% of it, or within half a unit of i
 print is coarser than 1% (0.35 says no more than 0.345 to 0.355).
 """
 
+import json
 from pathlib import Path
 
 import pytest
@@ -286,3 +287,42 @@ _HF_CONFIG = {
     "num_key_value_heads": 8,
     "vocab_size": 128256,
 }
+
+
+QWEN3_30B_A3B = {
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+}
+
+
+def test_a_model_with_experts_has_the_published_weights_in_all_and_active() -> None:
+    spec = SwiftKVSpec.from_hf_config(QWEN3_30B_A3B)
+    assert _is_met("30.5", spec.compute_weight_bytes(1) / 1e9)
+    idle = spec.shape.mlp_parameters - spec.shape.active_mlp_parameters
+    active = spec.compute_weight_bytes(1) - spec.shape.num_hidden_layers * idle
+    assert active == pytest.approx(3.3e9, rel=0.02)
+    assert spec.compute_prompt_token_flops(0).mlp == 2 * 48 * spec.shape.active_mlp_parameters
+
+
+def test_a_saved_config_with_experts_means_the_same_under_transformers_other_name() -> None:
+    config = {key: value for key, value in QWEN3_30B_A3B.items() if key != "num_experts"}
+    assert SwiftKVSpec.from_hf_config(config | {"num_local_experts": 128}) == SwiftKVSpec.from_hf_config(QWEN3_30B_A3B)
+
+
+def test_student_weight_bytes_count_experts_and_leave_out_head_norms(tmp_path: Path) -> None:
+    write_student(tmp_path, num_key_value_layers=2, keep_teacher_projections=False, family="qwen3_moe")
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    expected = sum(
+        tensor.numel() for name, tensor in tensors.items() if not name.endswith(("q_norm.weight", "k_norm.weight"))
+    )
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert SwiftKVSpec.from_hf_config(config).compute_weight_bytes(1) == expected

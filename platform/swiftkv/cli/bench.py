@@ -1,21 +1,24 @@
 """`swiftkv bench engine`: the published comparisons, each measured again by one command.
 
-Called by: cli/main.py. Calls: bench/engine.py.
+Called by: cli/main.py. Calls: bench/engine.py, bench/table.py.
 """
 
+import dataclasses
 import json
+import os
+import shlex
+import sys
 import tempfile
+import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import typer
 
-from swiftkv.errors import EngineError
+from swiftkv.bench.table import ROW_NAMES, Result, build_markdown, draw
+from swiftkv.errors import ConfigError, EngineError
 
 bench_app = typer.Typer(help="Measure what the README claims, on this machine.", no_args_is_help=True)
-
-_CHECK_LENGTHS = (1, 7, 64, 250, 600)
-_CHECK_NEW_TOKENS = 8
 
 
 @bench_app.callback()
@@ -25,49 +28,77 @@ def _bench() -> None:
 
 @bench_app.command()
 def engine(
+    rows: Annotated[str, typer.Option(help=f"all, or some of {', '.join(ROW_NAMES)}, with commas.")] = "prefill",
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")] = None,
-    prompt_tokens: Annotated[int, typer.Option(help="Length of the prompts.", min=16)] = 2000,
-    new_tokens: Annotated[int, typer.Option(help="Tokens decoded after each prompt, for TPOT.", min=2)] = 17,
-    pairs: Annotated[int, typer.Option(help="Pairs of teacher and student passes.", min=1)] = 5,
+    report: Annotated[Path | None, typer.Option(help="Also write numbers.json, table.md and table.png here.")] = None,
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="cuda takes the shape of Llama-3.1-8B.")] = "cpu",
+    prompt_tokens: Annotated[int, typer.Option(help="Length of prompts that come one at a time.", min=16)] = 2000,
+    new_tokens: Annotated[int, typer.Option(help="Tokens decoded after each of these.", min=2)] = 17,
+    pairs: Annotated[int, typer.Option(help="Pairs of passes that take turns.", min=1)] = 5,
 ) -> None:
-    """Prompt tokens/s of a SwiftKV model over its teacher's in vLLM, random weights, about 400 M parameters."""
-    from swiftkv.bench import engine as bench
-    from swiftkv.engine.settings import EngineSettings
+    """A SwiftKV model against its unmodified teacher in vLLM, random weights, half the layers skipped.
 
-    _stage("writing random models")
-    with tempfile.TemporaryDirectory(prefix="swiftkv-bench-") as temporary:
-        folder = Path(temporary)
-        context = prompt_tokens + new_tokens
-        spec = bench.write_random_models(folder, bench.BENCH_SHAPE, max(context, 1024))
-        vocab_size = spec.shape.vocab_size
-        settings = EngineSettings(
-            dtype="bfloat16",
-            max_model_len=context,
-            max_num_batched_tokens=context,
-            max_num_seqs=8,
-            enable_prefix_caching=False,
-            kv_cache_gib=0.5,
-        )
-        prompts = bench.build_random_prompts([prompt_tokens], vocab_size)
-        result = bench.measure_pairs(
-            folder / "teacher", folder / "student", prompts, new_tokens, pairs, settings, _stage
-        )
-        _stage("the student with and without skipping, float32, eager")
-        check = settings.model_copy(update={"dtype": "float32", "enforce_eager": True, "max_model_len": 1024})
-        same = bench.check_skipping(
-            folder / "student", bench.build_random_prompts(_CHECK_LENGTHS, vocab_size), _CHECK_NEW_TOKENS, check
-        )
-    figures = bench.summarise(result, spec, prompt_tokens, settings) | {
-        "same_tokens_with_and_without_skipping": same,
-        "command": f"swiftkv bench engine --prompt-tokens {prompt_tokens} --new-tokens {new_tokens} --pairs {pairs}",
+    The first row and the check of tokens take five minutes on two CPU cores, all rows about half an hour. Exits with
+    an error if skipping changes tokens; a bound that is not kept is shown as such.
+    """
+    names = _parse_rows(rows)
+    _check_device(device)
+    from swiftkv.bench.engine import GPU, LAPTOP, Bench
+
+    plan = dataclasses.replace(
+        GPU if device == "cuda" else LAPTOP, prompt_tokens=prompt_tokens, new_tokens=new_tokens, pairs=pairs
+    )
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="swiftkv-bench-") as folder:
+        bench = Bench(plan, Path(folder), _stage)
+        results = bench.measure_rows(names)
+        same = bench.check_tokens()
+    command = shlex.join(["swiftkv", *sys.argv[1:]])
+    figures = bench.figures | {
+        "rows": [result.to_json() for result in results],
+        "command": command,
+        "minutes": round((time.monotonic() - started) / 60, 1),
     }
-    text = json.dumps(figures, indent=2)
-    typer.echo(text)
+    typer.echo(json.dumps(figures, indent=2))
+    typer.echo(build_markdown(results))
     if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(text + "\n", encoding="utf-8")
+        _write_json(json_file, figures)
+    if report is not None:
+        _write_report(report, figures, results)
     if not same:
         raise EngineError("the student's tokens with and without skipping differ; its speed means nothing.")
+
+
+def _parse_rows(text: str) -> list[str]:
+    names = list(ROW_NAMES) if text == "all" else [name.strip() for name in text.split(",") if name.strip()]
+    unknown = [name for name in names if name not in ROW_NAMES]
+    if unknown or not names:
+        raise ConfigError(f"--rows is {text!r}: give all, or some of {', '.join(ROW_NAMES)}, with commas between.")
+    return names
+
+
+def _check_device(device: str) -> None:
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # read when vLLM is imported first
+    from vllm.platforms import current_platform
+
+    if (device == "cpu") != current_platform.is_cpu():
+        raise ConfigError(
+            f"--device is {device}, but the vLLM installed here runs on {current_platform.device_type or 'nothing'}. "
+            "Choose the other device, or install the other build (extras cpu and gpu in pyproject.toml)."
+        )
+
+
+def _write_report(folder: Path, figures: dict[str, Any], results: list[Result]) -> None:
+    _write_json(folder / "numbers.json", figures)
+    heading = f"{figures['hardware']}; `{figures['command']}`\n\n"
+    (folder / "table.md").write_text(heading + build_markdown(results), encoding="utf-8")
+    draw(results, f"SwiftKV in vLLM against its teacher, {figures['hardware']}", folder / "table.png")
+    _stage(f"report: {folder}")
+
+
+def _write_json(path: Path, figures: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
 def _stage(text: str) -> None:

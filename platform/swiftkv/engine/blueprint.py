@@ -15,6 +15,7 @@ from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.model_executor.models.llama import LlamaMLP
+from vllm.model_executor.models.qwen3_moe import Qwen3MoeSparseMoeBlock
 
 from swiftkv.families import FAMILIES, Family
 from swiftkv.spec import ModelShape, SwiftKVSpec
@@ -96,7 +97,7 @@ class Blueprint:
         Head counts are per rank and the same everywhere: vLLM groups layers by their KV cache spec.
         """
         ranks = get_tensor_model_parallel_world_size()
-        return Attention(
+        attention = Attention(
             self.shape.num_attention_heads // ranks,
             self.shape.head_dim,
             self.shape.head_dim**-0.5,
@@ -107,9 +108,16 @@ class Blueprint:
             prefix=prefix,
             kv_sharing_target_layer_name=holder,
         )
+        # A decode engine computes the last prompt token again, so KV stays for one token more than the next one needs;
+        # this is the window of the cache, that of the kernels is the implementation's.
+        if attention.sliding_window is not None and self.vllm_config.kv_transfer_config is not None:
+            attention.sliding_window += 1
+        return attention
 
     def build_mlp(self, prefix: str) -> nn.Module:
-        """The layer's MLP."""
+        """The layer's MLP, or its router and experts."""
+        if self.family.mlp == "experts":
+            return Qwen3MoeSparseMoeBlock(self.vllm_config, prefix=prefix)
         return LlamaMLP(
             hidden_size=self.shape.hidden_size,
             intermediate_size=self.shape.intermediate_size,

@@ -4,10 +4,12 @@ Called by: bench/engine.py, scripts/smoke_engine.py, tests.
 """
 
 import os
+import random
+import socket
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,23 @@ from swiftkv.engine.compiler import EAGER_REASON
 from swiftkv.engine.settings import EngineSettings
 from swiftkv.errors import EngineError
 
+_SIDE_CHANNEL_PORTS = range(20000, 30000)
+"""Below the ports that the kernel gives outgoing connections: vLLM binds one only after it has loaded the model."""
+
+KVTransfer = dict[str, Any]
+"""vLLM's `kv_transfer_params` of one prompt: where its KV is, for the engine that is to decode it."""
+
+PREFILL_ONLY: KVTransfer = {
+    "do_remote_decode": True,
+    "do_remote_prefill": False,
+    **dict.fromkeys(("remote_engine_id", "remote_block_ids", "remote_host", "remote_port")),
+}
+"""Of a prompt that is prefilled for whichever engine asks for its KV."""
+
 
 @contextmanager
 def run_engine(folder: Path, settings: EngineSettings) -> Iterator[Any]:
-    """A vLLM `LLM` on the model in `folder`, stopped at the end. Takes token ids; loads no tokenizer.
+    """A vLLM `LLM` on the model in `folder`, stopped at the end. Takes token ids; loads a tokenizer if there is one.
 
     Raises: EngineError if vLLM does not start; the reason is in what vLLM printed before.
     """
@@ -27,13 +42,30 @@ def run_engine(folder: Path, settings: EngineSettings) -> Iterator[Any]:
         print(f"engine: {EAGER_REASON}", file=sys.stderr)
     with tempfile.TemporaryDirectory(prefix="swk-") as sockets:
         # vLLM leaves its sockets where they are, and prefers VLLM_CPU_KVCACHE_SPACE to the engine's argument.
-        environment = {**settings.build_environment(), "VLLM_RPC_BASE_PATH": sockets, "VLLM_CPU_KVCACHE_SPACE": None}
-        with _set_environment(environment):
+        own = {"VLLM_RPC_BASE_PATH": sockets, "VLLM_CPU_KVCACHE_SPACE": None, **_choose_side_channel(settings)}
+        with _set_environment({**settings.build_environment(), **own}):
             llm = _start(folder, settings)
         try:
             yield llm
         finally:
             llm.llm_engine.engine_core.shutdown()
+
+
+def _choose_side_channel(settings: EngineSettings) -> dict[str, str]:
+    """Environment of an engine that transfers KV: where others ask for its NIXL address, a free port of loopback.
+
+    Raises: EngineError if there is no free port.
+    """
+    if settings.kv_transfer == "none":
+        return {}
+    for port in random.sample(_SIDE_CHANNEL_PORTS, len(_SIDE_CHANNEL_PORTS)):
+        with closing(socket.socket()) as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        return {"VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1", "VLLM_NIXL_SIDE_CHANNEL_PORT": str(port)}
+    raise EngineError(f"no free port on 127.0.0.1 between {_SIDE_CHANNEL_PORTS.start} and {_SIDE_CHANNEL_PORTS[-1]}.")
 
 
 def _start(folder: Path, settings: EngineSettings) -> Any:
@@ -42,7 +74,7 @@ def _start(folder: Path, settings: EngineSettings) -> Any:
     try:
         return LLM(
             str(folder),
-            skip_tokenizer_init=True,
+            skip_tokenizer_init=not (folder / "tokenizer.json").is_file(),
             disable_log_stats=False,
             use_tqdm_on_load=False,
             **settings.build_engine_arguments(),
@@ -70,16 +102,40 @@ def _put(values: Mapping[str, str | None]) -> None:
             os.environ[name] = value
 
 
-def generate_greedy(llm: Any, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[Any]:
-    """vLLM's request outputs for prompts of token ids, `new_tokens` each, whatever the end token."""
+def generate_greedy(
+    llm: Any,
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+    transfers: Sequence[KVTransfer] | None = None,
+    **sampling: Any,
+) -> list[Any]:
+    """vLLM's request outputs for prompts of token ids, `new_tokens` each, whatever the end token.
+
+    With `transfers`, one per prompt from `prefill_remotely`, the prompts' KV is taken from where it was prefilled.
+    `sampling`: more of vLLM's sampling parameters.
+    """
     from vllm import SamplingParams
 
-    parameters = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False)
+    shared = {"temperature": 0, "max_tokens": new_tokens, "ignore_eos": True, "detokenize": False, **sampling}
+    extras = [None] * len(prompts) if transfers is None else [{"kv_transfer_params": entry} for entry in transfers]
     requests = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+    parameters = [SamplingParams(**shared, extra_args=extra) for _, extra in zip(prompts, extras, strict=True)]
     outputs: list[Any] = llm.generate(requests, parameters, use_tqdm=False)
     return outputs
 
 
-def generate_tokens(llm: Any, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
-    """The greedy tokens of each prompt."""
-    return [list(output.outputs[0].token_ids) for output in generate_greedy(llm, prompts, new_tokens)]
+def generate_tokens(
+    llm: Any, prompts: Sequence[Sequence[int]], new_tokens: int, transfers: Sequence[KVTransfer] | None = None
+) -> list[list[int]]:
+    """The greedy tokens of each prompt, see `generate_greedy`."""
+    return [list(output.outputs[0].token_ids) for output in generate_greedy(llm, prompts, new_tokens, transfers)]
+
+
+def prefill_remotely(llm: Any, prompts: Sequence[Sequence[int]]) -> list[KVTransfer]:
+    """Fill KV for prompts in an engine with kv_transfer "producer"; what to give `generate_greedy` of a consumer.
+
+    The KV stays there until it was fetched, or for vLLM's lease (30 s) if nobody asks, so the prompts of one call
+    must fit the producer's cache together.
+    """
+    outputs = generate_greedy(llm, prompts, 1, [PREFILL_ONLY] * len(prompts))
+    return [output.kv_transfer_params for output in outputs]

@@ -179,8 +179,8 @@ class SwiftKVForCausalLM(nn.Module, SupportsQuant, SupportsLoRA):
             ".v_proj.": (".qkv_proj.", "v"),
             ".k_proj_swiftkv.": (".kv_proj_swiftkv.", "k"),
             ".v_proj_swiftkv.": (".kv_proj_swiftkv.", "v"),
-            ".gate_proj.": (".gate_up_proj.", 0),
-            ".up_proj.": (".gate_up_proj.", 1),
+            ".mlp.gate_proj.": (".mlp.gate_up_proj.", 0),  # and not the experts', which vLLM stacks itself
+            ".mlp.up_proj.": (".mlp.gate_up_proj.", 1),
         },
     )
 

@@ -6,7 +6,7 @@ Called by: vLLM, at the start of `VllmConfig.__post_init__`.
 
 from typing import Any
 
-from vllm.config import VllmConfig
+from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from swiftkv.engine.requests import NoPromptLogprobs, RemotePrefillOnly, ValidatorsBeforeEngine
@@ -38,7 +38,7 @@ class SwiftKVVerifier(VerifyAndUpdateConfig):
         """
         config = vllm_config.model_config.hf_config
         spec = SwiftKVSpec.from_hf_config(config.to_dict())
-        FAMILIES[config.model_type].find_sliding_window(config)
+        FAMILIES[config.model_type].verify(config)
         prefill_only = _read_role(vllm_config) == "prefill"
         skipping = _read_skipping(vllm_config)
         _refuse_what_cannot_work(vllm_config, skipping or prefill_only)
@@ -46,6 +46,7 @@ class SwiftKVVerifier(VerifyAndUpdateConfig):
             _verify_prefill_half(vllm_config, spec, skipping)
         elif skipping:
             vllm_config.cache_config.kv_sharing_fast_prefill = True
+            _choose_cuda_graphs(vllm_config)
             _add_validator(vllm_config, NoPromptLogprobs)
         if vllm_config.lora_config is not None:
             vllm_config.lora_config.target_modules = _list_lora_modules(vllm_config, spec)
@@ -88,6 +89,19 @@ def _refuse_what_cannot_work(vllm_config: VllmConfig, skipping: bool) -> None:
         raise ConfigError(
             f"speculative method {speculation.method!r} reads the model's hidden states at all tokens, which a "
             f"SwiftKV model skips at prompt tokens. Use one of {', '.join(_SPECULATION)}."
+        )
+
+
+def _choose_cuda_graphs(vllm_config: VllmConfig) -> None:
+    """Graphs of whole steps only where each request has one token: others cannot be captured with fast prefill."""
+    mode, speculates = vllm_config.compilation_config.cudagraph_mode, vllm_config.speculative_config is not None
+    if mode is None and speculates:
+        vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.PIECEWISE
+    elif mode is not None and mode.has_full_cudagraphs() and (speculates or mode == CUDAGraphMode.FULL):
+        better = "PIECEWISE" if speculates else "FULL_AND_PIECEWISE"
+        raise ConfigError(
+            f"cudagraph_mode is {mode.name}, which captures steps with several tokens of a request: vLLM cannot do "
+            f"that while prompt tokens skip layers. Use {better}, or set additional_config {SKIPPING_KEY} to false."
         )
 
 

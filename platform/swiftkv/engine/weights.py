@@ -2,9 +2,10 @@
 
 A checkpoint may keep the teacher's own projections of the later layers, which serving never needs; the prefill half
 needs none of the later layers but the holders' projections, and no LM head.
-Called by: engine/model.py. Calls: safetensors.
+Called by: engine/model.py, bench/file_cache.py. Calls: safetensors.
 """
 
+import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -53,9 +54,20 @@ def place_tensors(tensors: NamedTensors, spec: SwiftKVSpec, prefill_only: bool) 
             yield placed, tensor
 
 
+def list_tensor_files(folder: Path) -> list[Path]:
+    """The checkpoint's safetensors files: those that its index names, or all where there is no index, as in vLLM.
+
+    Publishers leave other files beside them, such as the same weights under other names.
+    """
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return sorted(folder.glob("*.safetensors"))
+    return sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+
+
 def read_prefill_tensors(folder: Path, spec: SwiftKVSpec) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors that the prefill half needs, under the engine's names; the bytes of the others are never read."""
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in list_tensor_files(folder):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():
                 for placed in place_tensor(name, spec, prefill_only=True):

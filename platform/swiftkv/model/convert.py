@@ -7,12 +7,14 @@ Source: fact sheet of SwiftKV, section 1.2.
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from swiftkv.errors import CheckpointError
-from swiftkv.families import find_teacher_family
+from swiftkv.families import Family, find_teacher_family
 from swiftkv.hf_config import CONFIG_CLASSES
 from swiftkv.model.checkpoint import load_into, read_config
 from swiftkv.model.modeling import MODEL_CLASSES, SwiftKVForCausalLM
@@ -22,18 +24,20 @@ from swiftkv.spec import SwiftKVSpec
 def resolve_cut(folder: Path, num_key_value_layers: int | None, key_value_group_size: int = 1) -> SwiftKVSpec:
     """What the teacher in `folder` becomes with this cut; None keeps half of its layers. Reads config.json only.
 
-    Raises: CheckpointError if the folder is missing, not of a known family, or holds pickled weights;
+    Raises: CheckpointError if the folder is missing, not of a known family, holds pickled weights or cannot be served;
     ConfigError if the cut or the group size does not fit the teacher.
     """
     config = read_config(folder)
-    find_teacher_family(config.get("model_type"))
+    family = find_teacher_family(config.get("model_type"))
     if "quantization_config" in config:
         raise CheckpointError(f"{folder}: the teacher is quantised. Distill from its unquantised weights.")
     if "auto_map" in config:
         raise CheckpointError(f"{folder}: config.json names code of its own (auto_map), which is never run. Remove it.")
     kept = num_key_value_layers or -(-int(config.get("num_hidden_layers") or 0) // 2)
     cut = {"num_key_value_layers": kept, "key_value_group_size": key_value_group_size}
-    return SwiftKVSpec.from_hf_config(config | cut)
+    spec = SwiftKVSpec.from_hf_config(config | cut)
+    family.verify(_build_config(family, config, spec))
+    return spec
 
 
 def convert_teacher(
@@ -49,13 +53,7 @@ def convert_teacher(
     spec = resolve_cut(folder, num_key_value_layers, key_value_group_size)
     teacher_config = read_config(folder)
     family = find_teacher_family(teacher_config.get("model_type"))
-    values = {key: value for key, value in teacher_config.items() if key not in ("architectures", "model_type")}
-    values |= {
-        "num_key_value_layers": spec.num_key_value_layers,
-        "key_value_group_size": spec.key_value_group_size,
-    }
-    config = CONFIG_CLASSES[family.model_type](**values)
-    config.architectures = [family.architecture]
+    config = _build_config(family, teacher_config, spec)
     model = load_into(MODEL_CLASSES[family.model_type], config, folder, dtype, may_miss="swiftkv")
     initialise_student(model)
     return model
@@ -88,6 +86,15 @@ def freeze_teacher(model: nn.Module) -> list[nn.Parameter]:
             parameter.data = parameter.data.float()
             trained.append(parameter)
     return trained
+
+
+def _build_config(family: Family, teacher_config: dict[str, Any], spec: SwiftKVSpec) -> PreTrainedConfig:
+    """The student's config: the teacher's with another name and the cut."""
+    values = {key: value for key, value in teacher_config.items() if key not in ("architectures", "model_type")}
+    cut = {name: getattr(spec, name) for name in ("num_key_value_layers", "key_value_group_size")}
+    config = CONFIG_CLASSES[family.model_type](**values | cut)
+    config.architectures = [family.architecture]
+    return config
 
 
 def _copy_mean(target: nn.Module, sources: list[nn.Module]) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -248,6 +249,9 @@ def _add_student_projections(attention: Any, is_leader: bool) -> None:
 
 
 def _build_model_class(family: Family) -> type[SwiftKVForCausalLM]:
+    if family.mlp == "experts":  # transformers stacks a layer's experts while it loads, by model_type
+        stacking = get_checkpoint_conversion_mapping(family.teacher_model_type)
+        register_checkpoint_conversion_mapping(family.model_type, stacking, overwrite=True)
     bases = (SwiftKVForCausalLM, _find_class(family, "PreTrainedModel"), GenerationMixin)
     config_class = CONFIG_CLASSES[family.model_type]
     attributes = {"config_class": config_class, "__module__": __name__, "__annotations__": {"config": config_class}}

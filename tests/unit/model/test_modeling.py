@@ -12,7 +12,7 @@ from swiftkv.distill.loop import uses_bfloat16
 from swiftkv.distill.step import DistillStep
 from swiftkv.errors import CheckpointError, ConfigError
 from swiftkv.model.checkpoint import load_student, save_student
-from swiftkv.model.convert import convert_teacher, freeze_teacher, initialise_student
+from swiftkv.model.convert import convert_teacher, freeze_teacher, initialise_student, resolve_cut
 
 TOLERANCE = 1e-4
 
@@ -26,6 +26,12 @@ CHECKPOINTS = {
     "llama3 rope": {"rope_scaling": LLAMA3_ROPE_SCALING},
     "llama3 rope, new keys": {"rope_scaling": LLAMA3_ROPE_SCALING, "new_rope_keys": True},
     "three shards": {"num_shards": 3},
+    "mistral": {"family": "mistral", "key_value_group_size": 3},
+    "mistral, window": {"family": "mistral", "sliding_window": 8},
+    "qwen2": {"family": "qwen2", "num_key_value_layers": 2, "key_value_group_size": 2},
+    "qwen3": {"family": "qwen3", "num_key_value_layers": 2, "key_value_group_size": 2},
+    "qwen3, biases": {"family": "qwen3", "attention_bias": True, "tied": True},
+    "qwen3_moe": {"family": "qwen3_moe", "num_key_value_layers": 2, "key_value_group_size": 4},
 }
 
 
@@ -95,7 +101,7 @@ def test_initialisation_copies_queries_and_norm_and_averages_keys_and_values(tmp
                 torch.testing.assert_close(state[f"{attention}{name}_swiftkv.{kind}"], mean)
 
 
-@pytest.mark.parametrize("variant", ["tied", "biases", "llama3 rope", "llama3 rope, new keys", "three shards"])
+@pytest.mark.parametrize("variant", [name for name in CHECKPOINTS if not name.startswith(("groups", "one"))])
 def test_the_teacher_inside_the_student_is_the_teacher(tmp_path: Path, variant: str) -> None:
     options = {
         key: value for key, value in CHECKPOINTS[variant].items() if not key.startswith(("num_key", "key_value"))
@@ -167,7 +173,9 @@ def test_bad_teachers_are_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such folder"):
         convert_teacher(tmp_path / "missing", 3)
     foreign = write_teacher(tmp_path / "gpt", config_changes={"model_type": "gpt2"})
-    with pytest.raises(CheckpointError, match=r"'gpt2'; families with a SwiftKV form are: llama"):
+    with pytest.raises(
+        CheckpointError, match=r"'gpt2'; families with a SwiftKV form are: llama, mistral, qwen2, qwen3, qwen3_moe"
+    ):
         convert_teacher(foreign, 3)
     pickled = write_teacher(tmp_path / "pickled")
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
@@ -177,6 +185,24 @@ def test_bad_teachers_are_refused_by_name(tmp_path: Path) -> None:
         convert_teacher(write_teacher(tmp_path / "shape", config_changes={"vocab_size": 400}), 3)
     with pytest.raises(CheckpointError, match="tensors missing: model.layers.6"):
         convert_teacher(write_teacher(tmp_path / "short", config_changes={"num_hidden_layers": 7}), 3)
+
+
+def test_a_window_on_some_layers_only_is_refused_before_weights_are_read(tmp_path: Path) -> None:
+    mixed = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 4}
+    teacher = write_teacher(tmp_path, family="qwen2", config_changes=mixed)
+    with pytest.raises(CheckpointError, match="Only some layers of this qwen2 model have a sliding window"):
+        resolve_cut(teacher, 3)
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "qwen3_moe"])
+def test_an_untrained_student_of_one_layer_copies_the_teachers_projections(tmp_path: Path, family: str) -> None:
+    """Only the last layer is later, and what it reads is what the teacher's reads: the same logits."""
+    teacher = write_teacher(tmp_path, family=family)
+    config, weights = load_weights(teacher)
+    ids = random_prompt_ids(random.Random(10), 25)
+    with torch.no_grad():
+        logits = convert_teacher(teacher, 5)(torch.tensor([ids])).logits[0]
+    torch.testing.assert_close(logits, compute_logits(config, weights, ids, mode="teacher"), atol=TOLERANCE, rtol=0)
 
 
 def test_cuts_that_do_not_fit_the_teacher_are_refused(tmp_path: Path) -> None:
