@@ -209,7 +209,9 @@ def test_prompt_log_probabilities_are_right_without_skipping_and_refused_with_it
 ) -> None:
     prompt = PROMPTS[LENGTHS.index(300)]
     if setup.skipping:
-        with pytest.raises(ValueError, match="prompt_logprobs cannot be given"):
+        from vllm.exceptions import VLLMValidationError
+
+        with pytest.raises(VLLMValidationError, match="prompt_logprobs cannot be given"):
             generate_in_engine(engine, [prompt], 1, prompt_logprobs=0)
         return
     config, weights = load_weights(folder)

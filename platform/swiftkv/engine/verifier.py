@@ -8,6 +8,7 @@ from typing import Any
 
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
+from vllm.platforms import current_platform
 
 from swiftkv.engine.requests import NoPromptLogprobs, RemotePrefillOnly, ValidatorsBeforeEngine
 from swiftkv.engine.settings import ROLE_KEY, SKIPPING_KEY
@@ -50,6 +51,7 @@ class SwiftKVVerifier(VerifyAndUpdateConfig):
             _add_validator(vllm_config, NoPromptLogprobs)
         if vllm_config.lora_config is not None:
             vllm_config.lora_config.target_modules = _list_lora_modules(vllm_config, spec)
+            _spare_a_slot_on_cpu(vllm_config.lora_config)
 
 
 def _read_role(vllm_config: VllmConfig) -> str:
@@ -87,8 +89,8 @@ def _refuse_what_cannot_work(vllm_config: VllmConfig, skipping: bool) -> None:
         )
     if speculation is not None and speculation.method not in _SPECULATION:
         raise ConfigError(
-            f"speculative method {speculation.method!r} reads the model's hidden states at all tokens, which a "
-            f"SwiftKV model skips at prompt tokens. Use one of {', '.join(_SPECULATION)}."
+            f"speculative method {speculation.method!r} needs more of a SwiftKV model than its tokens: prompt tokens "
+            f"skip the later layers. Use one of {', '.join(_SPECULATION)}."
         )
 
 
@@ -147,3 +149,10 @@ def _list_lora_modules(vllm_config: VllmConfig, spec: SwiftKVSpec) -> list[str]:
         known = sorted(name for names in _LORA_MODULES.values() for name in names)
         raise ConfigError(f"LoRA target_modules are {wanted}: give some of {', '.join(known)}.")
     return [f"model.layers.{layer}.{module}" for layer in range(spec.num_key_value_layers) for module in modules]
+
+
+def _spare_a_slot_on_cpu(lora_config: Any) -> None:
+    """vLLM's CPU kernels give rows without an adapter that of the last slot, which therefore has to stay empty."""
+    if current_platform.is_cpu():
+        lora_config.max_loras += 1
+        lora_config.max_cpu_loras = max(lora_config.max_cpu_loras, lora_config.max_loras)
