@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from swiftkv.bench.file_cache import count_resident_bytes, drop_from_memory
 from swiftkv.bench.models import (
@@ -25,15 +25,15 @@ from swiftkv.bench.models import (
 )
 from swiftkv.bench.pairs import (
     OnStage,
-    PairedResult,
     describe_machine,
+    has_bfloat16_instructions,
     measure_load,
     measure_pass,
     pair_up,
     summarise,
     take_turns,
 )
-from swiftkv.bench.ratios import Ratio, compute_ratio
+from swiftkv.bench.ratios import compute_ratio
 from swiftkv.bench.table import ROWS, Result
 from swiftkv.engine.llm import PREFILL_ONLY, generate_tokens, run_engine
 from swiftkv.engine.settings import EngineSettings
@@ -60,14 +60,15 @@ class Plan:
     load_requests: int = 16
     tpot_tokens: int = 65
     tpot_rounds: int = 9
-    kv_cache_gib: float = 1.0
+    kv_cache_gib: float = 2.0
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
 
     @property
     def settings(self) -> EngineSettings:
         """The same for teacher and student in every timed row."""
         context = max(self.prompt_tokens + self.new_tokens, self.load_prompt_tokens * 11 // 10)
         return EngineSettings(
-            dtype="bfloat16",
+            dtype=self.dtype,
             max_model_len=context,
             max_num_batched_tokens=max(2048, context),
             max_num_seqs=self.load_requests,
@@ -76,8 +77,12 @@ class Plan:
         )
 
 
-LAPTOP = Plan(LAPTOP_SHAPE)
 GPU = Plan(LLAMA_8B_SHAPE, kv_cache_gib=16.0)
+
+
+def plan_for_cpu() -> Plan:
+    """In bfloat16 where the CPU computes in it, else in float32: emulated, bfloat16 is several times slower."""
+    return Plan(LAPTOP_SHAPE, dtype="bfloat16" if has_bfloat16_instructions() else "float32")
 
 
 def check_skipping(student: Path, prompts: Prompts, new_tokens: int, settings: EngineSettings) -> bool:
@@ -119,7 +124,7 @@ class Bench:
             if "prefill" in names:
                 results.append(self._measure_prefill(compiled, spec))
             if _LOAD_ROWS & set(names):
-                results += self._measure_load(compiled)
+                results += self._measure_load(compiled, is_warm="prefill" in names)
             if "tpot" in names:
                 eager = [
                     self._start(stack, models / who, f"{who}, eager", eager=True) for who in ("teacher", "student")
@@ -173,17 +178,19 @@ class Bench:
         """Both roles as NIXL producers, on the same prompts."""
         models, spec = self._write_models(self.plan.shape)
         prompts = build_random_prompts([self.plan.prompt_tokens], spec.shape.vocab_size)
-        # KV that nobody fetches is kept for a while: there is room for that of all passes.
-        settings = self.plan.settings.model_copy(update={"kv_transfer": "producer", "kv_cache_gib": 2.0})
+        # KV that nobody fetches is kept for a while: the cache has room for that of all passes.
+        settings = self.plan.settings.model_copy(update={"kv_transfer": "producer"})
         with ExitStack() as stack:
             engines = []
             for role in ("full", "prefill"):
                 self.on_stage(f"starting the role {role}")
                 update = {"role": role}
                 engines.append(stack.enter_context(run_engine(models / "student", settings.model_copy(update=update))))
-            measures = [lambda llm=llm: measure_pass(llm, prompts, 1, [PREFILL_ONLY]) for llm in engines]
-            result = pair_up(*take_turns(measures, self.plan.pairs, self.on_stage, "prefill half"))
-        return _show_prompt_speed("prefill-half-speed", result.prompt_tokens_per_s, result)
+            measures = [
+                lambda llm=llm: measure_pass(llm, prompts, 1, [PREFILL_ONLY]).prompt_tokens_per_s for llm in engines
+            ]
+            whole, half = take_turns(measures, self.plan.pairs, self.on_stage, "prefill half")
+        return _compare("prefill-half-speed", half, whole, "tokens/s")
 
     def _measure_prefill(self, engines: Sequence[Any], spec: SwiftKVSpec) -> Result:
         prompts = build_random_prompts([self.plan.prompt_tokens], spec.shape.vocab_size)
@@ -192,13 +199,14 @@ class Bench:
         self.figures |= summarise(result, spec, self.plan.prompt_tokens, self.plan.settings)
         allowed = 1 / spec.compute_prefill_speedup(self.plan.prompt_tokens)
         ratio = result.prompt_tokens_per_s.scale(allowed)
-        return _show_prompt_speed("prefill", ratio, result)
+        speeds = [f"{entry.prompt_tokens_per_s:,.0f} tokens/s" for entry in (result.teacher, result.student)]
+        return Result(_ROWS["prefill"], ratio, *speeds)
 
-    def _measure_load(self, engines: Sequence[Any]) -> list[Result]:
+    def _measure_load(self, engines: Sequence[Any], is_warm: bool) -> list[Result]:
         plan = self.plan
         prompts = build_random_prompts([plan.load_prompt_tokens] * plan.load_requests, plan.shape.vocab_size)
         measures = [lambda llm=llm: measure_load(llm, prompts, plan.load_prompt_tokens // 10) for llm in engines]
-        teacher, student = take_turns(measures, plan.pairs, self.on_stage, "load")
+        teacher, student = take_turns(measures, plan.pairs, self.on_stage, "load", is_warm=is_warm)
         return [
             _compare("throughput", [p.tokens_per_s for p in student], [p.tokens_per_s for p in teacher], "tokens/s"),
             _compare("ttft", [p.ttft_s for p in student], [p.ttft_s for p in teacher], "s"),
@@ -227,11 +235,6 @@ class Bench:
             self.on_stage(f"writing random models of {shape.num_hidden_layers} layers")
             write_random_models(folder, shape, max(self.plan.settings.max_model_len or 0, 1024), group_sizes)
         return folder, SwiftKVSpec(shape, shape.num_hidden_layers // 2, group_sizes[0])
-
-
-def _show_prompt_speed(name: str, ratio: Ratio, result: PairedResult) -> Result:
-    speeds = [f"{entry.prompt_tokens_per_s:,.0f} tokens/s" for entry in (result.teacher, result.student)]
-    return Result(_ROWS[name], ratio, *speeds)
 
 
 def _compare(name: str, student: Sequence[float], teacher: Sequence[float], unit: str) -> Result:

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from swiftkv.bench.models import Prompts
 from swiftkv.bench.ratios import Ratio, compute_ratio
 from swiftkv.engine.llm import KVTransfer, generate_greedy, run_engine
@@ -74,14 +76,14 @@ def measure_pairs(
 
 
 def take_turns(
-    measures: Sequence[Callable[[], Any]], num_rounds: int, on_stage: OnStage, title: str
+    measures: Sequence[Callable[[], Any]], num_rounds: int, on_stage: OnStage, title: str, is_warm: bool = False
 ) -> list[list[Any]]:
-    """What each of `measures` gives in every round, after a first round that does not count.
+    """What each of `measures` gives in every round, after one that does not count unless the engines are warm.
 
     Returns: one list per measure, a value per round.
     """
-    for measure in measures:
-        measure()  # the first use of a shape is slower
+    for measure in () if is_warm else measures:
+        measure()  # the first use of an engine is slower
     taken: list[list[Any]] = [[] for _ in measures]
     for index in range(num_rounds):
         on_stage(f"{title} {index + 1} of {num_rounds}")
@@ -161,7 +163,15 @@ def describe_machine(settings: EngineSettings) -> dict[str, str]:
     if not current_platform.is_cpu():
         return {"hardware": current_platform.get_device_name(), "engine_cores": "the GPU"}
     cores = settings.cpu_cores or "as vLLM chooses: one is kept for its own processes"
-    return {"hardware": f"{len(os.sched_getaffinity(0))} CPU cores", "engine_cores": cores}
+    bfloat16 = "with" if has_bfloat16_instructions() else "without"
+    hardware = f"{len(os.sched_getaffinity(0))} CPU cores {bfloat16} bfloat16 instructions"
+    return {"hardware": hardware, "engine_cores": cores}
+
+
+def has_bfloat16_instructions() -> bool:
+    """Whether this CPU multiplies bfloat16 itself (AVX512-BF16 or AMX)."""
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def _take_medians(passes: Sequence[EnginePass]) -> EnginePass:

@@ -43,10 +43,10 @@ def engine(
     """
     names = _parse_rows(rows)
     _check_device(device)
-    from swiftkv.bench.engine import GPU, LAPTOP, Bench
+    from swiftkv.bench.engine import GPU, Bench, plan_for_cpu
 
     plan = dataclasses.replace(
-        GPU if device == "cuda" else LAPTOP, prompt_tokens=prompt_tokens, new_tokens=new_tokens, pairs=pairs
+        GPU if device == "cuda" else plan_for_cpu(), prompt_tokens=prompt_tokens, new_tokens=new_tokens, pairs=pairs
     )
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="swiftkv-bench-") as folder:
