@@ -5,15 +5,14 @@ Called by: cli/bench.py.
 Calls: bench/pairs.py, bench/models.py, engine/llm.py.
 """
 
-import os
 import statistics
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from swiftkv.bench.file_cache import count_resident_bytes, drop_from_memory
+from swiftkv.bench.file_cache import count_resident_bytes, drop_from_memory, list_wanted_runs
 from swiftkv.bench.models import (
     EIGHT_LAYER_SHAPE,
     LAPTOP_SHAPE,
@@ -146,7 +145,8 @@ class Bench:
     def count_kv_tokens(self) -> list[Result]:
         """Tokens that vLLM says fit the same KV cache memory."""
         models, _ = self._write_models(EIGHT_LAYER_SHAPE, group_sizes=(2, 4))
-        settings = EngineSettings(dtype="bfloat16", enforce_eager=True, max_model_len=1024, kv_cache_gib=0.25)
+        # A budget that the KV of every one of them divides: blocks that do not fit are no part of the comparison.
+        settings = EngineSettings(dtype="bfloat16", enforce_eager=True, max_model_len=1024, kv_cache_gib=240 / 1024)
         fits = {}
         for who, dtype in (("teacher", "auto"), ("student-2", "auto"), ("student-4", "auto"), ("student-2", "fp8")):
             self.on_stage(f"counting the KV tokens of {who}, {dtype}")
@@ -159,20 +159,22 @@ class Bench:
         return [_count(name, fits[key], teacher, "tokens") for name, key in rows.items()]
 
     def weigh_prefill_half(self) -> Result:
-        """Bytes of the parameters that each role holds, and, as figures, those that each read of a cold checkpoint."""
-        models, _ = self._write_models(NARROW_8B_SHAPE)
+        """Bytes of the tensors that each role loads, and, as figures, those that each reads of a cold checkpoint."""
+        narrow, _ = self._write_models(NARROW_8B_SHAPE)
+        half, whole = (
+            sum(run.end - run.start for run in list_wanted_runs(narrow / "student", prefill_only))
+            for prefill_only in (True, False)
+        )
+        models, _ = self._write_models(self.plan.shape)
         files = list_tensor_files(models / "student")
         self.figures["checkpoint_bytes"] = sum(file.stat().st_size for file in files)
-        settings = EngineSettings(dtype="bfloat16", enforce_eager=True, max_model_len=1024, kv_cache_gib=0.25)
-        weights = []
         for role, transfer in (("prefill", "producer"), ("full", "none")):
-            self.on_stage(f"weighing the role {role}")
-            update = {"role": role, "kv_transfer": transfer}
+            self.on_stage(f"reading a cold checkpoint, role {role}")
             drop_from_memory(files)
-            with _functions_may_be_sent(), run_engine(models / "student", settings.model_copy(update=update)) as llm:
+            update = {"role": role, "kv_transfer": transfer, "enforce_eager": True}
+            with run_engine(models / "student", self.plan.settings.model_copy(update=update)):
                 self.figures[f"{role}_bytes_read_of_cold_checkpoint"] = count_resident_bytes(files)
-                weights.append(llm.apply_model(_sum_parameter_bytes)[0])
-        return _count("prefill-half-weights", weights[0], weights[1], "bytes")
+        return _count("prefill-half-weights", half, whole, "bytes")
 
     def measure_prefill_half(self) -> Result:
         """Both roles as NIXL producers, on the same prompts."""
@@ -244,18 +246,3 @@ def _compare(name: str, student: Sequence[float], teacher: Sequence[float], unit
 
 def _count(name: str, student: int, teacher: int, unit: str) -> Result:
     return Result(_ROWS[name], compute_ratio([student], [teacher]), f"{teacher:,} {unit}", f"{student:,} {unit}")
-
-
-@contextmanager
-def _functions_may_be_sent() -> Iterator[None]:
-    """vLLM sends functions to its workers only where this allows it."""
-    os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
-    try:
-        yield
-    finally:
-        del os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"]
-
-
-def _sum_parameter_bytes(model: Any) -> int:
-    """Runs in the worker; tied tables count once."""
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())

@@ -31,7 +31,12 @@ ROWS = (
     Row("kv-group-2", "tokens that fit a fixed KV budget over the teacher's, group size 2", 1.33),
     Row("kv-group-4", "the same, group size 4", 1.6),
     Row("kv-group-2-fp8", "the same, group size 2 and FP8 KV against 16 bits", 2.66),
-    Row("prefill-half-weights", "weight bytes of the prefill half over the whole model's, 32 layers", 0.58, False),
+    Row(
+        "prefill-half-weights",
+        "weight bytes that the prefill half loads over the whole model's, 32 layers",
+        0.58,
+        False,
+    ),
     Row("prefill-half-speed", "prompt tokens/s of the prefill half over the whole SwiftKV model's", 0.98),
 )
 ROW_NAMES = tuple(row.name for row in ROWS)
