@@ -40,8 +40,8 @@ NEW_TOKENS = 6
 BLOCK = 128
 """Tokens in a KV block of vLLM's CPU build, where no layer has a window."""
 WINDOWS = {"llama": None, "mistral": 64, "qwen2": None, "qwen3": None}
-READAHEAD = 2**24
-"""Bytes that the kernel may read around a run that was asked for: up to 8 MB before it and 8 MB beyond it."""
+AROUND_BYTES = 2**16
+"""Bytes that may be read around a run that was asked for: whole pages, and the headers of the files."""
 
 LENGTHS = (1, 2, 5, 31, 64, 127, 128, 129, 200, 255, 256, 257, 300, 383, 384, 385, 400, 512, 640, 700, 900, 1500)
 """With those around whole blocks; of 127, 255 and 383 the window of the last token begins with a block's last one."""
@@ -348,7 +348,7 @@ def plan_kv_caches(folder: Path, settings: EngineSettings) -> Any:
 
 
 def test_the_prefill_half_reads_only_its_share_of_the_files(tmp_path: Path) -> None:
-    """Of 270 MB on disk, none in memory before, it reads half: what it needs, and what the kernel reads around it."""
+    """Of 270 MB on disk, none in memory before, it reads half: what it needs, in whole pages."""
     folder = write_large_student(tmp_path)
     files = sorted(folder.glob("*.safetensors"))
     drop_from_memory(files)
@@ -362,8 +362,7 @@ def test_the_prefill_half_reads_only_its_share_of_the_files(tmp_path: Path) -> N
     wanted, size = sum(run.end - run.start for run in runs), sum(file.stat().st_size for file in files)
     assert wanted == count_wanted_by_hand()
     assert wanted < 0.5 * size
-    assert wanted <= resident <= wanted + READAHEAD * len(runs)
-    assert resident < 0.75 * size
+    assert wanted <= resident <= wanted + AROUND_BYTES * len(runs)
 
 
 LARGE = TinyShape(

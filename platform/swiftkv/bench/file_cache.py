@@ -1,8 +1,8 @@
 """How many bytes of a checkpoint's files lie in memory, and how many an engine has a use for.
 
-What was read of files that were dropped from memory before: an upper bound, since the kernel reads ahead (per run of
-neighbouring bytes, up to the device's `read_ahead_kb`) and counts whole pages. Linux only; file systems that live in
-memory drop nothing. Reads headers, never tensors.
+What was read of files that were dropped from memory before: an upper bound, since the kernel counts whole pages and
+reads ahead for all who do not ask it otherwise (per run of neighbouring bytes, up to the device's `read_ahead_kb`).
+Linux only; file systems that live in memory drop nothing. Reads headers, never tensors.
 Called by: bench/engine.py, tests. Calls: engine/weights.py.
 """
 
@@ -10,13 +10,13 @@ import ctypes
 import json
 import mmap
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from swiftkv.engine.weights import list_tensor_files, place_tensor
+from swiftkv.engine.weights import list_tensor_files, list_tensors, place_tensor
 from swiftkv.spec import SwiftKVSpec
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -55,7 +55,7 @@ def list_wanted_runs(folder: Path, prefill_only: bool) -> list[Run]:
     spec = SwiftKVSpec.from_hf_config(json.loads((folder / "config.json").read_text()))
     runs: list[Run] = []
     for file in list_tensor_files(folder):
-        for name, start, end in sorted(_read_header(file), key=lambda entry: entry[1]):
+        for name, start, end in sorted(list_tensors(file), key=lambda entry: entry[1]):
             if not place_tensor(name, spec, prefill_only):
                 continue
             if runs and runs[-1].file == file and runs[-1].end == start:
@@ -80,14 +80,3 @@ def _count_resident_bytes(file: Path) -> int:
     resident &= 1
     beyond_end = resident.size * mmap.PAGESIZE - size
     return int(resident.sum()) * mmap.PAGESIZE - int(resident[-1]) * beyond_end
-
-
-def _read_header(file: Path) -> Iterator[tuple[str, int, int]]:
-    """Name, first byte and end of each tensor in a safetensors file."""
-    with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        header = json.loads(opened.read(length))
-    for name, entry in header.items():
-        if name != "__metadata__":
-            start, end = entry["data_offsets"]
-            yield name, 8 + length + start, 8 + length + end

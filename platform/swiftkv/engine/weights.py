@@ -6,12 +6,14 @@ Called by: engine/model.py, bench/file_cache.py. Calls: safetensors.
 """
 
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import torch
-from safetensors import safe_open
+from safetensors.torch import load
 
 from swiftkv.spec import SwiftKVSpec
 
@@ -65,10 +67,43 @@ def list_tensor_files(folder: Path) -> list[Path]:
     return sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
 
 
+def list_tensors(file: Path) -> Iterator[tuple[str, int, int]]:
+    """Name, first byte and end of each tensor in a safetensors file."""
+    for name, start, end, _ in _read_header(file):
+        yield name, start, end
+
+
 def read_prefill_tensors(folder: Path, spec: SwiftKVSpec) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors that the prefill half needs, under the engine's names; the bytes of the others are never read."""
+    """The tensors that the prefill half needs, under the engine's names; the bytes of the others are never read.
+
+    Not through a mapped file, as safetensors and vLLM read: the kernel reads ahead of those, into the neighbours.
+    """
     for path in list_tensor_files(folder):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():
+        with _open_without_reading_ahead(path) as file:
+            for name, start, end, entry in _read_header(path):
                 for placed in place_tensor(name, spec, prefill_only=True):
-                    yield placed, file.get_tensor(name)
+                    file.seek(start)
+                    yield placed, _build_tensor(entry, file.read(end - start))
+
+
+def _read_header(file: Path) -> Iterator[tuple[str, int, int, dict[str, Any]]]:
+    with _open_without_reading_ahead(file) as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(length))
+    for name, entry in header.items():
+        if name != "__metadata__":
+            start, end = entry["data_offsets"]
+            yield name, 8 + length + start, 8 + length + end, entry
+
+
+def _open_without_reading_ahead(path: Path) -> BinaryIO:
+    file = path.open("rb")
+    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+    return file
+
+
+def _build_tensor(entry: dict[str, Any], data: bytes) -> torch.Tensor:
+    """The tensor as safetensors reads it from a file that holds nothing else."""
+    header = json.dumps({"tensor": entry | {"data_offsets": [0, len(data)]}}).encode()
+    header += b" " * (-len(header) % 8)
+    return load(len(header).to_bytes(8, "little") + header + data)["tensor"]
