@@ -5,6 +5,7 @@ Called by: cli/bench.py.
 Calls: bench/pairs.py, bench/models.py, engine/llm.py.
 """
 
+import os
 import statistics
 from collections.abc import Collection, Sequence
 from contextlib import ExitStack
@@ -61,6 +62,8 @@ class Plan:
     tpot_rounds: int = 9
     kv_cache_gib: float = 2.0
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    cpu_cores: str | None = None
+    """That the engines compute on, in turns."""
 
     @property
     def settings(self) -> EngineSettings:
@@ -69,10 +72,11 @@ class Plan:
         return EngineSettings(
             dtype=self.dtype,
             max_model_len=context,
-            max_num_batched_tokens=max(2048, context),
+            max_num_batched_tokens=max(8192, context),  # vLLM's own default for servers on large GPUs
             max_num_seqs=self.load_requests,
             enable_prefix_caching=False,
             kv_cache_gib=self.kv_cache_gib,
+            cpu_cores=self.cpu_cores,
         )
 
 
@@ -80,8 +84,9 @@ GPU = Plan(LLAMA_8B_SHAPE, kv_cache_gib=16.0)
 
 
 def plan_for_cpu() -> Plan:
-    """In bfloat16 where the CPU computes in it, else in float32: emulated, bfloat16 is several times slower."""
-    return Plan(LAPTOP_SHAPE, dtype="bfloat16" if has_bfloat16_instructions() else "float32")
+    """On all cores; in bfloat16 where the CPU computes in it, else in float32: emulated, it is several times slower."""
+    cores = ",".join(str(core) for core in sorted(os.sched_getaffinity(0)))
+    return Plan(LAPTOP_SHAPE, dtype="bfloat16" if has_bfloat16_instructions() else "float32", cpu_cores=cores)
 
 
 def check_skipping(student: Path, prompts: Prompts, new_tokens: int, settings: EngineSettings) -> bool:

@@ -163,9 +163,13 @@ def describe_machine(settings: EngineSettings) -> dict[str, str]:
     if not current_platform.is_cpu():
         return {"hardware": current_platform.get_device_name(), "engine_cores": "the GPU"}
     cores = settings.cpu_cores or "as vLLM chooses: one is kept for its own processes"
+    return {"hardware": describe_processor(), "engine_cores": cores}
+
+
+def describe_processor() -> str:
+    """The CPU as reports name it."""
     bfloat16 = "with" if has_bfloat16_instructions() else "without"
-    hardware = f"{len(os.sched_getaffinity(0))} CPU cores {bfloat16} bfloat16 instructions"
-    return {"hardware": hardware, "engine_cores": cores}
+    return f"{len(os.sched_getaffinity(0))} CPU cores {bfloat16} bfloat16 instructions"
 
 
 def has_bfloat16_instructions() -> bool:

@@ -22,16 +22,16 @@ STUDENT = [EnginePass(740.0, 2.7, 0.05), EnginePass(360.0, 5.5, 0.10)]
 
 
 def test_figures_are_those_of_pairs() -> None:
-    spec = SwiftKVSpec(LAPTOP_SHAPE, 8)
+    spec = SwiftKVSpec(LAPTOP_SHAPE, 6)
     figures = summarise(pair_up(TEACHER, STUDENT), spec, 2000, EngineSettings(enforce_eager=True))
     assert figures["teacher_prompt_tokens_per_s"] == 300 and figures["speedup"] == pytest.approx((1.85 + 1.8) / 2)
     assert figures["tpot_ratio"] == 1.25
-    assert figures["flop_speedup"] == pytest.approx(1.89, abs=0.005)
+    assert figures["flop_speedup"] == pytest.approx(1.932, abs=0.005)
     assert figures["speedup_over_flop_speedup"] == pytest.approx(1.825 / figures["flop_speedup"], abs=1e-3)
 
 
 def test_executed_and_normalised_flops_differ_by_what_is_skipped() -> None:
-    spec = SwiftKVSpec(LAPTOP_SHAPE, 8)
+    spec = SwiftKVSpec(LAPTOP_SHAPE, 6)
     figures = summarise(pair_up(TEACHER, STUDENT), spec, 2000, EngineSettings(enforce_eager=True))
     assert figures["teacher_executed_gflops_per_s"] == figures["teacher_normalised_gflops_per_s"]
     ratio = figures["student_normalised_gflops_per_s"] / figures["student_executed_gflops_per_s"]
@@ -46,7 +46,7 @@ def test_engines_take_turns_after_a_round_that_does_not_count() -> None:
 
 
 def test_the_shapes_are_what_they_are_called() -> None:
-    assert SwiftKVSpec(LAPTOP_SHAPE, 16).compute_weight_bytes(1) == pytest.approx(400e6, rel=0.1)
+    assert SwiftKVSpec(LAPTOP_SHAPE, 12).compute_weight_bytes(1) == pytest.approx(400e6, rel=0.1)
     assert SwiftKVSpec(LLAMA_8B_SHAPE, 32).compute_weight_bytes(1) == pytest.approx(8.03e9, rel=0.005)
     narrow, wide = (shape.vocab_parameters / shape.mlp_parameters for shape in (NARROW_8B_SHAPE, LLAMA_8B_SHAPE))
     assert narrow == pytest.approx(wide, rel=0.01)
