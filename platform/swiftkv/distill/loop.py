@@ -24,7 +24,7 @@ from swiftkv.distill.inputs import check_inputs, check_run_folder
 from swiftkv.distill.losses import compute_learning_rate_factor
 from swiftkv.distill.progress import Progress
 from swiftkv.distill.recipe import Recipe, save_recipe
-from swiftkv.distill.step import DistillStep
+from swiftkv.distill.step import Batch, DistillStep
 from swiftkv.metrics import record
 from swiftkv.model.checkpoint import load_tokenizer, save_student
 from swiftkv.model.convert import convert_teacher, freeze_teacher
@@ -129,11 +129,10 @@ def _take_step(
     trained: list[torch.nn.Parameter],
     recipe: Recipe,
 ) -> dict[str, float]:
-    mask_BT = torch.ones_like(input_ids_BT, dtype=torch.bool)
     bfloat16 = uses_bfloat16(recipe.training.precision, step)
     with torch.autocast(input_ids_BT.device.type, torch.bfloat16, enabled=bfloat16):
         # Rows are full, so every worker has as many positions, and the mean of their gradients is the batch's.
-        losses = step(input_ids_BT, mask_BT, num_positions=input_ids_BT.numel())
+        losses = step(Batch(input_ids_BT), num_positions=input_ids_BT.numel())
     optimizer.zero_grad(set_to_none=True)
     losses["loss"].backward()
     torch.nn.utils.clip_grad_norm_(trained, recipe.training.max_gradient_norm)

@@ -1,50 +1,98 @@
 """How far the student is from the teacher: KL of the softened logits, and MSE of a hidden state.
 
-Whole logits in memory; the positions that count are given by a mask.
-Called by: distill/step.py.
+Computed from hidden states, a tile of positions at a time, so that the logits of a large vocabulary never exist whole.
+The LM head is frozen.
+Called by: distill/step.py, bench/distill.py.
 
-Shapes: B rows, T tokens, D hidden, V vocabulary.
+Shapes: N positions that count, P positions of a tile, D hidden, V vocabulary.
 """
 
+from collections.abc import Callable
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from swiftkv.errors import ShapeError
 
+TILE_LOGITS = 2**23
+"""Logits of a tile, of student and of teacher each: 32 MiB in float32. About ten such buffers exist at once."""
 
-def compute_logits_kl(
-    student_BTV: Tensor, teacher_BTV: Tensor, mask_BT: Tensor, temperature: float, num_positions: float
-) -> Tensor:
-    """KL(teacher || student) softened by `temperature`, summed over the masked-in positions / `num_positions`.
+TileLoss = Callable[[Tensor, Tensor], Tensor]
+"""Sum of a loss over the positions of a tile, from the student's hidden states and the teacher's, [P, D] each."""
 
-    Shapes: logits [B, T, V], any float dtype, computed in fp32; mask [B, T] bool.
-    Units: nats per position. An empty mask gives 0.
-    Raises: ShapeError if the logits differ in shape.
+
+def sum_logits_kl(student_ND: Tensor, teacher_ND: Tensor, lm_head_VD: Tensor, temperature: float) -> Tensor:
+    """KL(teacher || student) of the logits softened by `temperature`, summed over positions.
+
+    Shapes: hidden states after the final norm, [N, D] each; the LM head's weight [V, D].
+    Units: nats, times the squared temperature.
+    Gradients reach the student's hidden states only. No positions give 0.
+    Raises: ShapeError if the hidden states differ in shape.
     Source: Hinton et al. 2015, section 2 (the factor of the squared temperature).
     """
-    _require_equal_shapes("logits", student_BTV, teacher_BTV)
-    teacher = F.log_softmax(teacher_BTV[mask_BT].float() / temperature, dim=-1)
-    student = F.log_softmax(student_BTV[mask_BT].float() / temperature, dim=-1)
-    return F.kl_div(student, teacher, reduction="sum", log_target=True) * temperature**2 / max(num_positions, 1)
+
+    def compute(student_PD: Tensor, teacher_PD: Tensor) -> Tensor:
+        return compute_logits_kl(F.linear(student_PD, lm_head_VD), F.linear(teacher_PD, lm_head_VD), temperature)
+
+    return sum_by_tiles(compute, student_ND, teacher_ND, max(1, TILE_LOGITS // len(lm_head_VD)))
 
 
-def compute_hidden_loss(student_BTD: Tensor, teacher_BTD: Tensor, mask_BT: Tensor, num_positions: float) -> Tensor:
-    """Mean squared difference of hidden states over the masked-in positions / `num_positions`.
+def compute_logits_kl(student_PV: Tensor, teacher_PV: Tensor, temperature: float) -> Tensor:
+    """KL(teacher || student) of logits softened by `temperature`, summed over positions, computed in float32."""
+    teacher = F.log_softmax(teacher_PV.float() / temperature, dim=-1)
+    student = F.log_softmax(student_PV.float() / temperature, dim=-1)
+    return F.kl_div(student, teacher, reduction="sum", log_target=True) * temperature**2
 
-    Shapes: hidden [B, T, D]; mask [B, T] bool. An empty mask gives 0.
+
+def sum_hidden_loss(student_ND: Tensor, teacher_ND: Tensor) -> Tensor:
+    """Mean squared difference of hidden states, summed over positions. Shapes: [N, D] each. No positions give 0.
+
     Raises: ShapeError if the hidden states differ in shape.
     """
-    _require_equal_shapes("hidden states", student_BTD, teacher_BTD)
-    difference = student_BTD[mask_BT].float() - teacher_BTD[mask_BT].float()
-    return difference.square().mean(-1).sum() / max(num_positions, 1)
+    return sum_by_tiles(_compute_hidden_loss, student_ND, teacher_ND, max(1, TILE_LOGITS // student_ND.shape[-1]))
 
 
-def _require_equal_shapes(what: str, student: Tensor, teacher: Tensor) -> None:
-    if student.shape != teacher.shape:
+def _compute_hidden_loss(student_PD: Tensor, teacher_PD: Tensor) -> Tensor:
+    return (student_PD.float() - teacher_PD.float()).square().mean(-1).sum()
+
+
+def sum_by_tiles(compute: TileLoss, student_ND: Tensor, teacher_ND: Tensor, positions_per_tile: int) -> Tensor:
+    """`compute` summed over tiles of positions, with the memory of one tile.
+
+    The gradient is taken tile by tile as well, while the loss is computed, so `compute` runs once per tile.
+    """
+    if student_ND.shape != teacher_ND.shape:
         raise ShapeError(
-            f"Student {what} are {tuple(student.shape)}, the teacher's {tuple(teacher.shape)}: "
-            "both must come from the same batch and vocabulary."
+            f"Student hidden states are {tuple(student_ND.shape)}, the teacher's {tuple(teacher_ND.shape)}: "
+            "both must come from the same positions."
         )
+    total: Tensor = _SumByTiles.apply(student_ND, teacher_ND, compute, positions_per_tile)  # type: ignore[no-untyped-call]
+    return total
+
+
+class _SumByTiles(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, student_ND: Tensor, teacher_ND: Tensor, compute: TileLoss, positions_per_tile: int) -> Tensor:
+        total = torch.zeros((), dtype=torch.float32, device=student_ND.device)
+        gradient_ND = torch.empty_like(student_ND)
+        tiles = zip(
+            *(torch.split(part, positions_per_tile) for part in (student_ND, teacher_ND, gradient_ND)), strict=True
+        )
+        for student_PD, teacher_PD, gradient_PD in tiles:
+            with torch.enable_grad():
+                leaf = student_PD.detach().requires_grad_()
+                loss = compute(leaf, teacher_PD)
+            gradient_PD.copy_(torch.autograd.grad(loss, leaf)[0])
+            total += loss.detach()
+        ctx.save_for_backward(gradient_ND)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient_ND,) = ctx.saved_tensors
+        return gradient_ND * upstream, None, None, None
 
 
 def compute_learning_rate_factor(step: int, steps: int, warmup_frac: float) -> float:

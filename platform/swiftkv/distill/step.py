@@ -1,17 +1,45 @@
 """One distillation step: the shared first half once, then the later half as teacher and as student.
 
-A module, so that DistributedDataParallel can wrap it. Does not read data or move the optimizer (loop.py).
-Called by: distill/loop.py.
+The student's later half runs only where a loss is taken: what it would compute elsewhere changes nothing.
+A module, so that it can be wrapped for several workers. Does not read data or move the optimizer (loop.py).
+Called by: distill/loop.py, bench/distill.py.
 Calls: model/modeling.py, distill/losses.py.
 
-Shapes: B rows, T tokens.
+Shapes: B rows, T tokens, S positions chosen of each row, N positions that count.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from swiftkv.distill.losses import compute_hidden_loss, compute_logits_kl
-from swiftkv.model.modeling import SwiftKVForCausalLM
+from swiftkv.distill.losses import sum_hidden_loss, sum_logits_kl
+from swiftkv.model.modeling import LaterStates, SwiftKVForCausalLM
+
+
+@dataclass
+class Batch:
+    """Rows of tokens and the positions at which student and teacher are compared."""
+
+    input_ids_BT: Tensor
+    positions_BS: Tensor | None = None
+    """Of each row; None: all of them."""
+    counts_BS: Tensor | None = None
+    """False where a row has fewer positions than S and one only fills up; None: all count."""
+    position_ids_BT: Tensor | None = None
+    """Of each token in its document, none of which sees another; None: every row is one document."""
+
+    @classmethod
+    def from_mask(cls, input_ids_BT: Tensor, mask_BT: Tensor, position_ids_BT: Tensor | None = None) -> "Batch":
+        """Rows with a loss where the mask is True, on the device of the mask, which waits for it."""
+        counts_B = mask_BT.sum(1)
+        longest = int(counts_B.max())
+        if longest == mask_BT.shape[1] and bool(mask_BT.all()):
+            return cls(input_ids_BT, position_ids_BT=position_ids_BT)
+        # Stable, so that a row's positions come first and in order; what fills up is a position without loss.
+        positions_BS = mask_BT.logical_not().byte().argsort(dim=1, stable=True)[:, : max(longest, 1)]
+        fills_BS = torch.arange(positions_BS.shape[1], device=mask_BT.device) >= counts_B.unsqueeze(1)
+        return cls(input_ids_BT, positions_BS, ~fills_BS if bool(fills_BS.any()) else None, position_ids_BT)
 
 
 class DistillStep(nn.Module):
@@ -23,20 +51,27 @@ class DistillStep(nn.Module):
         self.temperature = temperature
         self.hidden_loss_weight = hidden_loss_weight
 
-    def forward(self, input_ids_BT: Tensor, mask_BT: Tensor, num_positions: float) -> dict[str, Tensor]:
-        """Losses of the masked-in positions, each a sum over `num_positions`.
+    def forward(self, batch: Batch, num_positions: float) -> dict[str, Tensor]:
+        """Losses of the batch's positions, each a sum over `num_positions`.
 
         Returns: `loss` with gradient, and its parts `logits_kl` and `hidden_loss` without.
         """
-        decoder = self.model.model
-        with torch.no_grad():
-            boundary = decoder.compute_boundary(input_ids_BT)
-            teacher = decoder.run_teacher_half(boundary)
-            teacher_BTV = self.model.lm_head(teacher.last_BTD)
-        student = decoder.run_student_half(boundary)
-        student_BTV = self.model.lm_head(student.last_BTD)
-
-        logits_kl = compute_logits_kl(student_BTV, teacher_BTV, mask_BT, self.temperature, num_positions)
-        hidden_loss = compute_hidden_loss(student.penultimate_BTD, teacher.penultimate_BTD, mask_BT, num_positions)
+        teacher, student = self.run_halves(batch)
+        keep = slice(None) if batch.counts_BS is None else batch.counts_BS.flatten()
+        student_ND, teacher_ND = (states.last_BTD.flatten(0, 1)[keep] for states in (student, teacher))
+        num_positions = max(num_positions, 1)
+        logits_kl = sum_logits_kl(student_ND, teacher_ND, self.model.lm_head.weight, self.temperature) / num_positions
+        student_ND, teacher_ND = (states.penultimate_BTD.flatten(0, 1)[keep] for states in (student, teacher))
+        hidden_loss = sum_hidden_loss(student_ND, teacher_ND) / num_positions
         loss = logits_kl + self.hidden_loss_weight * hidden_loss
         return {"loss": loss, "logits_kl": logits_kl.detach(), "hidden_loss": hidden_loss.detach()}
+
+    def run_halves(self, batch: Batch) -> tuple[LaterStates, LaterStates]:
+        """States of teacher and student at the batch's positions."""
+        decoder, positions_BS = self.model.model, batch.positions_BS
+        with torch.no_grad():
+            boundary = decoder.compute_boundary(batch.input_ids_BT, position_ids=batch.position_ids_BT)
+            teacher = decoder.run_teacher_half(boundary)
+            if positions_BS is not None:
+                teacher = teacher.select(positions_BS)
+        return teacher, decoder.run_student_half(boundary, positions_BS)

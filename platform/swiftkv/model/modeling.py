@@ -9,7 +9,7 @@ Called by: distill/step.py, evaluate/compare.py; loaded by checkpoint.py and con
 Calls: families.py, and transformers' module of each family.
 Source: SwiftKV (arXiv 2410.03960) section 3; tensor names as in Snowflake's published checkpoints.
 
-Shapes: B rows, T tokens, D hidden, N query heads, K KV heads, H head size, V vocabulary.
+Shapes: B rows, T tokens, S selected positions, D hidden, N query heads, K KV heads, H head size, V vocabulary.
 """
 
 import importlib
@@ -46,6 +46,23 @@ class Boundary:
     """Mask in the form of the attention implementation in use; None means plain causal."""
     past_key_values: Cache | None = None
 
+    def select(self, positions_BS: Tensor) -> "Boundary":
+        """Some positions of each row, as queries that look back at all. Shapes: [B, S] -> S in place of T."""
+        rows_B1 = torch.arange(len(positions_BS), device=positions_BS.device).unsqueeze(1)
+        cos, sin = (part.expand(len(positions_BS), -1, -1)[rows_B1, positions_BS] for part in self.position_embeddings)
+        return Boundary(
+            self.hidden_BTD[rows_B1, positions_BS], (cos, sin), self._select_mask(positions_BS), self.past_key_values
+        )
+
+    def _select_mask(self, positions_BS: Tensor) -> Tensor:
+        """Rows of the mask. Shapes: [B, S] -> [B, 1, S, T]."""
+        if self.causal_mask is None:
+            keys_T = torch.arange(self.hidden_BTD.shape[1], device=positions_BS.device)
+            return (keys_T <= positions_BS.unsqueeze(-1)).unsqueeze(1)
+        rows_B1 = torch.arange(len(positions_BS), device=positions_BS.device).unsqueeze(1)
+        mask_BTT = self.causal_mask[:, 0].expand(len(positions_BS), -1, -1)
+        return mask_BTT[rows_B1, positions_BS].unsqueeze(1)
+
 
 @dataclass
 class LaterStates:
@@ -55,6 +72,11 @@ class LaterStates:
     """After the final norm: what the LM head reads."""
     penultimate_BTD: Tensor
     """Residual stream after the second-to-last layer, which the hidden loss compares."""
+
+    def select(self, positions_BS: Tensor) -> "LaterStates":
+        """Some positions of each row. Shapes: [B, S] -> S in place of T."""
+        index = positions_BS.unsqueeze(-1)
+        return LaterStates(self.last_BTD.take_along_dim(index, 1), self.penultimate_BTD.take_along_dim(index, 1))
 
 
 class SwiftKVModel(nn.Module):
@@ -95,20 +117,23 @@ class SwiftKVModel(nn.Module):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
     ) -> Boundary:
-        """Run embeddings and first layers. Shapes: input_ids [B, T] -> hidden [B, T, D]."""
+        """Run embeddings and first layers. Shapes: input_ids [B, T] -> hidden [B, T, D].
+
+        `position_ids` [B, T] that start again at 0 within a row pack documents, none of which sees another.
+        """
         hidden_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if position_ids is None:
-            past_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = torch.arange(past_tokens, past_tokens + hidden_BTD.shape[1], device=hidden_BTD.device)
-            position_ids = position_ids.unsqueeze(0)
         create_mask = create_causal_mask if self.sliding_window is None else create_sliding_window_causal_mask
         causal_mask = create_mask(
             config=self.config,
             inputs_embeds=hidden_BTD,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
-            position_ids=position_ids,
+            position_ids=position_ids,  # looked at for documents, which waits for the device: only if given
         )
+        if position_ids is None:
+            past_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(past_tokens, past_tokens + hidden_BTD.shape[1], device=hidden_BTD.device)
+            position_ids = position_ids.unsqueeze(0)
         boundary = Boundary(
             hidden_BTD, self.rotary_emb(hidden_BTD, position_ids=position_ids), causal_mask, past_key_values
         )
@@ -132,16 +157,20 @@ class SwiftKVModel(nn.Module):
             hidden_BTD = self._run_teacher_layer(layer, hidden_BTD, boundary)
         return LaterStates(self.norm(hidden_BTD), penultimate_BTD)
 
-    def run_student_half(self, boundary: Boundary) -> LaterStates:
-        """The later layers with keys and values from the boundary hidden state."""
+    def run_student_half(self, boundary: Boundary, positions_BS: Tensor | None = None) -> LaterStates:
+        """The later layers with keys and values from the boundary hidden state.
+
+        With `positions_BS`, only at these positions (Shapes: [B, S] -> [B, S, D]): no other depends on their results.
+        """
+        queried = boundary if positions_BS is None else boundary.select(positions_BS)
         normed_BTD = self.norm_swiftkv(boundary.hidden_BTD)
-        hidden_BTD = penultimate_BTD = boundary.hidden_BTD
+        hidden_BTD = penultimate_BTD = queried.hidden_BTD
         key = value = normed_BTD  # replaced by the first layer, which leads its group
         for index, layer in enumerate(self.later_layers, start=self.spec.num_key_value_layers):
             penultimate_BTD = hidden_BTD
             if index in self.spec.leader_layers:
                 key, value = self._project_key_value(layer.self_attn, normed_BTD, boundary)
-            attended_BTD = self._attend(layer.self_attn, layer.input_layernorm(hidden_BTD), key, value, boundary)
+            attended_BTD = self._attend(layer.self_attn, layer.input_layernorm(hidden_BTD), key, value, queried)
             hidden_BTD = hidden_BTD + attended_BTD
             hidden_BTD = hidden_BTD + layer.mlp(layer.post_attention_layernorm(hidden_BTD))
         return LaterStates(self.norm(hidden_BTD), penultimate_BTD)
@@ -169,20 +198,20 @@ class SwiftKVModel(nn.Module):
             key, value = boundary.past_key_values.update(key, value, leader.layer_idx)
         return key, value
 
-    def _attend(self, attention: Any, hidden_BTD: Tensor, key: Tensor, value: Tensor, boundary: Boundary) -> Tensor:
-        """Attention output of own queries over the group's keys and values. Shapes: [B, T, D] -> [B, T, D]."""
+    def _attend(self, attention: Any, hidden_BTD: Tensor, key: Tensor, value: Tensor, queried: Boundary) -> Tensor:
+        """Attention output of own queries over the group's keys and values. Shapes: [B, S, D] -> [B, S, D]."""
         query = attention.q_proj_swiftkv(hidden_BTD).unflatten(-1, (-1, attention.head_dim))
         if self.family.norms_heads:
             query = attention.q_norm(query)
         query = query.transpose(1, 2)
-        query, _ = apply_rotary_pos_emb(query, query, *boundary.position_embeddings)
+        query, _ = apply_rotary_pos_emb(query, query, *queried.position_embeddings)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         attended, _ = attend(
             attention,
             query,
             key,
             value,
-            boundary.causal_mask,
+            queried.causal_mask,
             dropout=0.0,
             scaling=attention.scaling,
             sliding_window=self.sliding_window,

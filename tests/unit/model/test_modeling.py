@@ -9,7 +9,7 @@ from fakes import LLAMA3_ROPE_SCALING, TinyShape, random_prompt_ids, write_stude
 from reference import compute_hidden_states, compute_logits, generate_greedy, load_weights
 
 from swiftkv.distill.loop import uses_bfloat16
-from swiftkv.distill.step import DistillStep
+from swiftkv.distill.step import Batch, DistillStep
 from swiftkv.errors import CheckpointError, ConfigError
 from swiftkv.model.checkpoint import load_student, save_student
 from swiftkv.model.convert import convert_teacher, freeze_teacher, initialise_student, resolve_cut
@@ -227,7 +227,7 @@ def test_a_bfloat16_teacher_stays_bfloat16_while_its_student_is_trained_in_float
     assert uses_bfloat16("auto", step) and uses_bfloat16("float32", step)
     ids = torch.tensor([random_prompt_ids(random.Random(9), 16)])
     with torch.autocast("cpu", torch.bfloat16):
-        step(ids, torch.ones_like(ids, dtype=torch.bool), num_positions=16)["loss"].backward()
+        step(Batch(ids), num_positions=16)["loss"].backward()
     save_student(model, tmp_path / "student", tmp_path / "teacher")
     _, weights = load_weights(tmp_path / "student")
     assert {parameter.dtype for parameter in load_student(tmp_path / "student").parameters()} == {torch.bfloat16}

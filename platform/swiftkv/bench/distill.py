@@ -1,0 +1,217 @@
+"""The distillation bench: one optimizer step against a step as the reference recipe builds it.
+
+The reference (ArcticTraining) runs teacher and student as two whole forward passes and every position through both.
+Here both sides have the same model, batch, tiled loss and optimizer; they take turns, and must give the same loss.
+Called by: cli/bench.py.
+Calls: distill/step.py, bench/pairs.py.
+"""
+
+import statistics
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from swiftkv.bench.memory import PeakMemory
+from swiftkv.bench.models import LLAMA_8B_SHAPE
+from swiftkv.bench.pairs import OnStage, describe_processor, take_turns
+from swiftkv.bench.ratios import compute_ratio
+from swiftkv.bench.table import Result, Row
+from swiftkv.distill.step import Batch, DistillStep
+from swiftkv.errors import EngineError
+from swiftkv.hf_config import CONFIG_CLASSES
+from swiftkv.model.convert import freeze_teacher, initialise_student
+from swiftkv.model.modeling import MODEL_CLASSES, LaterStates, SwiftKVForCausalLM
+from swiftkv.spec import ModelShape
+
+SMALL_SHAPE = ModelShape(
+    hidden_size=512,
+    intermediate_size=1792,
+    num_hidden_layers=16,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    head_dim=64,
+    vocab_size=4096,
+)
+"""Layers of Llama-3.1-8B at an eighth of their width."""
+
+ROWS = (
+    Row("speedup", "optimizer steps/s over the reference's, over what FlopCounterMode allows: loss everywhere", 0.95),
+    Row("speedup-answers-only", "the same, loss on the last eighth of each row", 0.95),
+    Row(
+        "memory", "peak memory of a step beyond the weights, over the reference's: loss on the last eighth", 0.4, False
+    ),
+)
+_ROWS = {row.name: row for row in ROWS}
+
+Shape = tuple[int, ...]
+
+
+def _count_attention(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
+
+
+def _count_attention_backward(upstream: Shape, query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
+    return int(sdpa_backward_flop_count(upstream, query, key, value))  # type: ignore[no-untyped-call]
+
+
+_CPU_ATTENTION = {  # FlopCounterMode knows attention on GPUs only
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _count_attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _count_attention_backward,
+}
+
+
+@dataclass(frozen=True)
+class DistillPlan:
+    """Sizes of one run of the bench."""
+
+    shape: ModelShape = SMALL_SHAPE
+    row_tokens: int = 1024
+    rows: int = 1
+    answer_tokens: int = 128
+    """At the end of each row, which carry the loss of the answers-only rows."""
+    pairs: int = 9
+
+
+class WholePasses(DistillStep):
+    """The reference's step: teacher and student each from the tokens, every position through both."""
+
+    def run_halves(self, batch: Batch) -> tuple[LaterStates, LaterStates]:
+        """States of teacher and student at the batch's positions."""
+        decoder = self.model.model
+        with torch.no_grad():
+            teacher = decoder.run_teacher_half(decoder.compute_boundary(batch.input_ids_BT))
+        student = decoder.run_student_half(decoder.compute_boundary(batch.input_ids_BT))
+        if batch.positions_BS is None:
+            return teacher, student
+        return teacher.select(batch.positions_BS), student.select(batch.positions_BS)
+
+
+def measure_distillation(plan: DistillPlan, on_stage: OnStage) -> tuple[list[Result], dict[str, Any]]:
+    """The rows, and more about what was measured as a flat JSON object.
+
+    Raises: EngineError if the two sides' losses differ by more than 1e-5.
+    """
+    torch.manual_seed(0)
+    model = build_random_student(plan.shape)
+    figures: dict[str, Any] = {
+        "rows_per_step": plan.rows,
+        "hardware": describe_processor(),
+        "row_tokens": plan.row_tokens,
+    }
+    figures |= {"answer_tokens": plan.answer_tokens, "trained_parameters": _count_trained(model)}
+    results = []
+    for name, batch in (("speedup", build_batch(plan)), ("speedup-answers-only", build_batch(plan, only_answers=True))):
+        key = name.replace("-", "_")
+        sides = [_Side(kind(model, 2.0, 1.0), batch) for kind in (WholePasses, DistillStep)]
+        figures[f"{key}_loss"] = _require_equal_losses(sides)
+        allowed = sides[0].count_flops() / sides[1].count_flops()
+        reference, ours = take_turns([side.time_step for side in sides], plan.pairs, on_stage, name)
+        ratio = compute_ratio(reference, ours)
+        figures |= {key: round(ratio.median, 4), f"flop_{key}": round(allowed, 4)}
+        figures[f"flop_{key}_8b"] = round(_count_flop_speedup(LLAMA_8B_SHAPE, batch), 4)
+        times = [f"{statistics.median(seconds) * 1e3:,.0f} ms" for seconds in (reference, ours)]
+        results.append(Result(_ROWS[name], ratio.scale(1 / allowed), *times))
+        peaks = [side.measure_peak_bytes() for side in sides]
+        figures |= {f"{key}_reference_peak_bytes": peaks[0], f"{key}_peak_bytes": peaks[1]}
+    results.append(Result(_ROWS["memory"], compute_ratio([peaks[1]], [peaks[0]]), *(f"{p:,} bytes" for p in peaks)))
+    return results, figures
+
+
+def build_random_student(shape: ModelShape, device: str = "cpu") -> SwiftKVForCausalLM:
+    """A random Llama with half of its layers skipped, ready to be distilled; on "meta" it has shapes only."""
+    config = CONFIG_CLASSES["llama_swiftkv"](
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_hidden_layers=shape.num_hidden_layers,
+        num_attention_heads=shape.num_attention_heads,
+        num_key_value_heads=shape.num_key_value_heads,
+        head_dim=shape.head_dim,
+        vocab_size=shape.vocab_size,
+        num_key_value_layers=shape.num_hidden_layers // 2,
+        attn_implementation="sdpa",
+    )
+    with torch.device(device):
+        model = MODEL_CLASSES["llama_swiftkv"](config)
+    if device != "meta":
+        initialise_student(model)
+    freeze_teacher(model)
+    return model
+
+
+def build_batch(plan: DistillPlan, only_answers: bool = False) -> Batch:
+    """Random rows, with the loss everywhere or at the end of each row."""
+    generator = torch.Generator().manual_seed(0)
+    input_ids_BT = torch.randint(plan.shape.vocab_size, (plan.rows, plan.row_tokens), generator=generator)
+    if not only_answers:
+        return Batch(input_ids_BT)
+    answers_S = torch.arange(plan.row_tokens - plan.answer_tokens, plan.row_tokens)
+    return Batch(input_ids_BT, answers_S.expand(plan.rows, -1))
+
+
+class _Side:
+    """One of the two ways to take a step."""
+
+    def __init__(self, step: DistillStep, batch: Batch) -> None:
+        self.step, self.batch = step, batch
+        self.trained = [parameter for parameter in step.parameters() if parameter.requires_grad]
+        # Nothing moves, so that both sides see the same model in every pair.
+        self.optimizer = torch.optim.AdamW(self.trained, lr=0.0, weight_decay=0.0)
+
+    def compute_loss(self) -> torch.Tensor:
+        positions = self.batch.input_ids_BT if self.batch.positions_BS is None else self.batch.positions_BS
+        return self.step(self.batch, positions.numel())["loss"]
+
+    def take_step(self) -> None:
+        self.compute_loss().backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def time_step(self) -> float:
+        """Seconds of one step."""
+        started = time.perf_counter()
+        self.take_step()
+        return time.perf_counter() - started
+
+    def count_flops(self) -> float:
+        """FLOPs of forward and backward; causal attention is counted as if it were not, on both sides."""
+        with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
+            self.compute_loss().backward()  # type: ignore[no-untyped-call]
+        self.optimizer.zero_grad(set_to_none=True)
+        return float(counter.get_total_flops())
+
+    def measure_peak_bytes(self) -> int:
+        """Most memory that forward and backward hold at once, beyond weights and gradients of trained ones."""
+        gradients = sum(parameter.numel() * parameter.element_size() for parameter in self.trained)
+        with PeakMemory() as memory:
+            self.compute_loss().backward()  # type: ignore[no-untyped-call]
+        self.optimizer.zero_grad(set_to_none=True)
+        return memory.peak_bytes - gradients
+
+
+def _require_equal_losses(sides: list[_Side]) -> float:
+    reference, ours = (float(side.compute_loss().detach()) for side in sides)
+    if abs(ours - reference) > 1e-5:
+        raise EngineError(
+            f"the losses differ, so their speed means nothing: {ours} against the reference's {reference}."
+        )
+    return ours
+
+
+def _count_flop_speedup(shape: ModelShape, batch: Batch) -> float:
+    """What the FLOPs of another shape allow, counted without computing anything."""
+    model = build_random_student(shape, "meta")
+    moved = replace(
+        batch,
+        input_ids_BT=batch.input_ids_BT.to("meta"),
+        positions_BS=None if batch.positions_BS is None else batch.positions_BS.to("meta"),
+    )
+    reference, ours = (_Side(kind(model, 2.0, 1.0), moved).count_flops() for kind in (WholePasses, DistillStep))
+    return reference / ours
+
+
+def _count_trained(model: SwiftKVForCausalLM) -> int:
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

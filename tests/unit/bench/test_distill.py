@@ -1,0 +1,55 @@
+"""The distillation bench on a tiny model: what it counts, and that it refuses sides that do not agree."""
+
+import pytest
+import torch
+
+from swiftkv.bench import distill
+from swiftkv.bench.distill import DistillPlan, DistillStep, measure_distillation
+from swiftkv.distill.step import Batch
+from swiftkv.errors import EngineError
+from swiftkv.model.modeling import LaterStates
+from swiftkv.spec import ModelShape
+
+SHAPE = ModelShape(
+    hidden_size=64,
+    intermediate_size=224,
+    num_hidden_layers=8,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    vocab_size=96,
+)
+PLAN = DistillPlan(SHAPE, row_tokens=64, answer_tokens=8, pairs=1)
+
+
+@pytest.fixture
+def small_8b(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distill, "LLAMA_8B_SHAPE", SHAPE)
+
+
+@pytest.mark.usefixtures("small_8b")
+def test_every_figure_is_there_and_shapes_count_as_real_tensors_do() -> None:
+    results, figures = measure_distillation(PLAN, lambda _: None)
+    assert [result.row.name for result in results] == ["speedup", "speedup-answers-only", "memory"]
+    for key in ("speedup", "speedup_answers_only"):
+        assert figures[key] > 0
+        # Without memory, attention is counted as matrix products, whose backward recomputes nothing.
+        assert figures[f"flop_{key}_8b"] == pytest.approx(figures[f"flop_{key}"], rel=0.02)
+    # The reference's first half runs twice (of 7.5 halves, backward included), ours once.
+    assert 1.1 < figures["flop_speedup"] < 1.3
+    assert 1.8 < figures["flop_speedup_answers_only"] < 2.3
+    memory = results[2].ratio.median
+    assert 0.05 < memory < 0.6
+
+
+@pytest.mark.usefixtures("small_8b")
+def test_sides_with_another_loss_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    run_halves = DistillStep.run_halves
+
+    def run_wrongly(self: DistillStep, batch: Batch) -> tuple[LaterStates, LaterStates]:
+        teacher, student = run_halves(self, batch)
+        return teacher, LaterStates(torch.zeros_like(student.last_BTD), student.penultimate_BTD)
+
+    monkeypatch.setattr(distill.DistillStep, "run_halves", run_wrongly)
+    with pytest.raises(EngineError, match="the losses differ"):
+        measure_distillation(PLAN, lambda _: None)
