@@ -12,6 +12,7 @@ from swiftkv.cli.cluster import down
 from swiftkv.cli.distill import distill
 from swiftkv.cli.evaluate import evaluate
 from swiftkv.cli.models import models_app, publish
+from swiftkv.cli.profiling import profile
 from swiftkv.cli.serve import serve
 from swiftkv.config import keep_caches_at_home
 from swiftkv.errors import SwiftKVError
@@ -22,7 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for command in (distill, evaluate, publish, serve, down):
+for command in (profile, distill, evaluate, publish, serve, down):
     app.command()(command)
 app.add_typer(models_app, name="models")
 app.add_typer(bench_app, name="bench")
