@@ -15,7 +15,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from swiftkv.bench.memory import PeakMemory
-from swiftkv.bench.models import LLAMA_8B_SHAPE
+from swiftkv.bench.models import LLAMA_8B_SHAPE, build_config_values
 from swiftkv.bench.pairs import OnStage, describe_processor, take_turns
 from swiftkv.bench.ratios import compute_ratio
 from swiftkv.bench.table import Result, Row
@@ -123,13 +123,7 @@ def measure_distillation(plan: DistillPlan, on_stage: OnStage) -> tuple[list[Res
 def build_random_student(shape: ModelShape, device: str = "cpu") -> SwiftKVForCausalLM:
     """A random Llama with half of its layers skipped, ready to be distilled; on "meta" it has shapes only."""
     config = CONFIG_CLASSES["llama_swiftkv"](
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.intermediate_size,
-        num_hidden_layers=shape.num_hidden_layers,
-        num_attention_heads=shape.num_attention_heads,
-        num_key_value_heads=shape.num_key_value_heads,
-        head_dim=shape.head_dim,
-        vocab_size=shape.vocab_size,
+        **build_config_values(shape),
         num_key_value_layers=shape.num_hidden_layers // 2,
         attn_implementation="sdpa",
     )

@@ -1,10 +1,12 @@
 """Random models and prompts for benches: speed does not depend on what weights say.
 
-Called by: bench/engine.py, scripts/smoke_engine.py. Calls: model/convert.py.
+Called by: bench/engine.py, bench/distill.py, scripts/smoke_engine.py. Calls: model/convert.py.
 """
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from swiftkv.spec import ModelShape, SwiftKVSpec
 
@@ -72,18 +74,7 @@ def write_random_models(
     from swiftkv.model.convert import convert_teacher
 
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.intermediate_size,
-        num_hidden_layers=shape.num_hidden_layers,
-        num_attention_heads=shape.num_attention_heads,
-        num_key_value_heads=shape.num_key_value_heads,
-        head_dim=shape.head_dim,
-        vocab_size=shape.vocab_size,
-        tie_word_embeddings=shape.tie_word_embeddings,
-        max_position_embeddings=max_tokens,
-        dtype=torch.bfloat16,
-    )
+    config = LlamaConfig(**build_config_values(shape), max_position_embeddings=max_tokens, dtype=torch.bfloat16)
     with torch.device("cpu"):
         LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / "teacher")
     kept = shape.num_hidden_layers // 2
@@ -91,6 +82,11 @@ def write_random_models(
         student = convert_teacher(folder / "teacher", kept, group_size, dtype=torch.bfloat16)
         save_student(student, folder / ("student" if group_size == 1 else f"student-{group_size}"))
     return SwiftKVSpec(shape, kept, group_sizes[0])
+
+
+def build_config_values(shape: ModelShape) -> dict[str, Any]:
+    """The shape in the words of a Hugging Face config of a dense family."""
+    return {name: value for name, value in asdict(shape).items() if "experts" not in name}
 
 
 def build_random_prompts(lengths: Sequence[int], vocab_size: int, seed: int = 0) -> list[list[int]]:
