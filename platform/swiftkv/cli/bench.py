@@ -68,7 +68,7 @@ def distill(
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")] = None,
     report: Annotated[Path | None, typer.Option(help="Also write numbers.json, table.md and table.png here.")] = None,
     row_tokens: Annotated[int, typer.Option(help="Length of the row of a step.", min=64)] = 1024,
-    pairs: Annotated[int, typer.Option(help="Pairs of steps that take turns.", min=1)] = 9,
+    pairs: Annotated[int, typer.Option(help="Pairs of steps that take turns.", min=2)] = 9,
 ) -> None:
     """A distillation step against the reference recipe's, which runs teacher and student as two whole passes.
 

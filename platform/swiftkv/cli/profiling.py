@@ -25,9 +25,12 @@ def profile(
     row_tokens: Annotated[int, typer.Option(help="Tokens per row.", min=2)] = 512,
     max_rows: Annotated[int, typer.Option(help="Rows looked at, spread over the data.", min=1)] = 16,
     cuts: Annotated[
-        str | None, typer.Option(help="Layers to keep, with commas.  [default: every eighth, 1/4 to 3/4]")
+        str | None,
+        typer.Option(help="Layers to keep, with commas.", show_default="every eighth of the depth, 1/4 to 3/4"),
     ] = None,
-    group_sizes: Annotated[str, typer.Option(help="Later layers per KV cache, with commas.")] = "1,2,4",
+    group_sizes: Annotated[
+        str, typer.Option(help="Later layers per KV cache, with commas; used where they divide them.")
+    ] = "1,2,4",
     max_kl: Annotated[
         float, typer.Option(help="Most KL, in nats, that the recommended cut may start from.", min=0)
     ] = 0.1,
@@ -40,11 +43,18 @@ def profile(
     """
     kept_layers = None if cuts is None else _parse_numbers("--cuts", cuts)
     sizes = _parse_numbers("--group-sizes", group_sizes)
+    if output is not None and output.exists() and not output.is_dir():
+        raise ConfigError(f"{output}: not a folder. Give another --output.")
     from swiftkv.distill.profiling import list_cuts, profile_teacher
-    from swiftkv.model.checkpoint import load_tokenizer
+    from swiftkv.model.checkpoint import load_tokenizer, read_config
     from swiftkv.text import build_rows, choose_evenly
 
     specs = list_cuts(teacher, kept_layers, sizes)
+    context = int(read_config(teacher).get("max_position_embeddings") or row_tokens)
+    if row_tokens > context:
+        raise ConfigError(
+            f"--row-tokens is {row_tokens}, but the teacher's context is {context} tokens: give at most that."
+        )
     rows = choose_evenly(build_rows(load_tokenizer(teacher), data, text_column, row_tokens), max_rows)
     found = profile_teacher(teacher, rows, specs, lambda text: typer.echo(f"profile: {text}", err=True))
     recommended = found.recommend(max_kl)
@@ -71,14 +81,14 @@ def _print_table(found: "TeacherProfile", recommended: "CutCost | None", max_kl:
     from rich.console import Console
     from rich.table import Table
 
-    columns = ("layers kept", "group size", "skipped", "prompt FLOPs", "KV bytes", "KL (nats)", "agreement")
+    columns = ("layers kept", "group", "skipped", "FLOPs saved", "KV bytes", "KL (nats)", "agreement")
     table = Table(*columns, title=f"before distillation, {found.positions:,} positions")
     for cut in found.cuts:
         table.add_row(
             str(cut.num_key_value_layers),
             str(cut.key_value_group_size),
             f"{cut.skipped_frac:.1%}",
-            f"{cut.flop_speedup:.2f} times fewer",
+            f"{1 - 1 / cut.flop_speedup:.1%}",
             f"{cut.kv_bytes_frac:.1%}",
             f"{cut.kl_nats:.4f}",
             f"{cut.agreement_frac:.1%}",
@@ -92,7 +102,7 @@ def _print_table(found: "TeacherProfile", recommended: "CutCost | None", max_kl:
     console.print(
         f"Recommended: num_key_value_layers: {recommended.num_key_value_layers}, "
         f"key_value_group_size: {recommended.key_value_group_size} "
-        f"(the most skipping that starts from {max_kl} nats or less)."
+        f"(the fewest prompt FLOPs of those that start from {max_kl} nats or less)."
     )
 
 
@@ -103,9 +113,11 @@ def _draw(found: "TeacherProfile", recommended: "CutCost | None", max_kl: float,
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
-    left.plot(range(len(found.state_similarity)), found.state_similarity, "o-", color="#2f6fde")
+    for title, values in (("leaving it", found.state_similarity), ("entering later layers", found.later_similarity)):
+        left.plot(range(len(values)), values, "o-", label=title)
     left.set_xlabel("layer")
-    left.set_ylabel("cosine of the states before and after")
+    left.set_ylabel("cosine of the state entering a layer and …")
+    left.legend(frameon=False)
     for group_size in sorted({cut.key_value_group_size for cut in found.cuts}):
         cuts = [cut for cut in found.cuts if cut.key_value_group_size == group_size]
         skipped = [100 * cut.skipped_frac for cut in cuts]

@@ -17,7 +17,7 @@ from torch import Tensor
 from swiftkv.errors import ShapeError
 
 TILE_LOGITS = 2**23
-"""Logits of a tile, of student and of teacher each: 32 MiB in float32. About ten such buffers exist at once."""
+"""Logits of a tile, of student and of teacher each: 32 MiB in float32. Seven such buffers exist at once."""
 
 TileLoss = Callable[[Tensor, Tensor], Tensor]
 """Sum of a loss over the positions of a tile, from the student's hidden states and the teacher's, [P, D] each."""
@@ -27,11 +27,15 @@ def sum_logits_kl(student_ND: Tensor, teacher_ND: Tensor, lm_head_VD: Tensor, te
     """KL(teacher || student) of the logits softened by `temperature`, summed over positions.
 
     Shapes: hidden states after the final norm, [N, D] each; the LM head's weight [V, D].
-    Units: nats, times the squared temperature.
+    Units: nats; multiplied by the squared temperature.
     Gradients reach the student's hidden states only. No positions give 0.
     Raises: ShapeError if the hidden states differ in shape.
     Source: Hinton et al. 2015, section 2 (the factor of the squared temperature).
     """
+    device = student_ND.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        # Once, not once per tile: autocast remembers only what it casts of weights that are trained.
+        lm_head_VD = lm_head_VD.to(torch.get_autocast_dtype(device))
 
     def compute(student_PD: Tensor, teacher_PD: Tensor) -> Tensor:
         return compute_logits_kl(F.linear(student_PD, lm_head_VD), F.linear(teacher_PD, lm_head_VD), temperature)
@@ -59,7 +63,7 @@ def _compute_hidden_loss(student_PD: Tensor, teacher_PD: Tensor) -> Tensor:
 
 
 def sum_by_tiles(compute: TileLoss, student_ND: Tensor, teacher_ND: Tensor, positions_per_tile: int) -> Tensor:
-    """`compute` summed over tiles of positions, with the memory of one tile.
+    """`compute` summed over tiles of positions, with the memory of one tile and of the states' gradient.
 
     The gradient is taken tile by tile as well, while the loss is computed, so `compute` runs once per tile.
     """

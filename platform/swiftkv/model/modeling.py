@@ -47,7 +47,10 @@ class Boundary:
     past_key_values: Cache | None = None
 
     def select(self, positions_BS: Tensor) -> "Boundary":
-        """Some positions of each row, as queries that look back at all. Shapes: [B, S] -> S in place of T."""
+        """Some positions of each row, as queries that look back at all. Shapes: [B, S] -> S in place of T.
+
+        For masks as sdpa and eager attention have them.
+        """
         rows_B1 = torch.arange(len(positions_BS), device=positions_BS.device).unsqueeze(1)
         cos, sin = (part.expand(len(positions_BS), -1, -1)[rows_B1, positions_BS] for part in self.position_embeddings)
         return Boundary(

@@ -50,8 +50,15 @@ def test_each_cut_costs_what_its_own_student_costs(teacher: Path, found: Teacher
 def test_similarity_is_that_of_the_references_hidden_states(teacher: Path, found: TeacherProfile) -> None:
     config, weights = load_weights(teacher)
     states = [torch.stack(compute_hidden_states(config, weights, row.tolist(), "teacher")) for row in ROWS]
-    cosines = torch.stack([torch.cosine_similarity(entry[:-1], entry[1:], dim=-1).mean(-1) for entry in states]).mean(0)
-    assert found.state_similarity == pytest.approx(cosines.tolist(), abs=1e-5)
+    successive = [torch.cosine_similarity(entry[:-1], entry[1:], dim=-1).mean(-1) for entry in states]
+    assert found.state_similarity == pytest.approx(torch.stack(successive).mean(0).tolist(), abs=1e-5)
+    later = [
+        [torch.cosine_similarity(entry[i], entry[j], dim=-1).mean() for j in range(i + 1, 7)]
+        for i in range(6)
+        for entry in states
+    ]
+    means = torch.tensor([torch.stack(row).mean() for row in later]).reshape(6, len(states)).mean(1)
+    assert found.later_similarity == pytest.approx(means.tolist(), abs=1e-5)
 
 
 def test_a_cut_that_evaluate_would_measure_costs_the_same(teacher: Path, found: TeacherProfile) -> None:
@@ -63,22 +70,26 @@ def test_a_cut_that_evaluate_would_measure_costs_the_same(teacher: Path, found: 
 def test_the_recommended_cut_saves_most_within_the_limit() -> None:
     costs = [(2, 1, 3.0, 1.0, 0.3), (3, 2, 1.9, 0.75, 0.04), (3, 1, 1.9, 1.0, 0.02), (4, 1, 1.4, 1.0, 0.01)]
     cuts = [CutCost(kept, size, 1 - kept / 6, speedup, kv, kl, 0.9) for kept, size, speedup, kv, kl in costs]
-    found = TeacherProfile(100, [1.0], cuts)
+    found = TeacherProfile(100, [1.0], [1.0], cuts)
     assert found.recommend(0.05) == cuts[1]  # of equal FLOPs the one with less KV
     assert found.recommend(0.03) == cuts[2]
     assert found.recommend(1.0) == cuts[0]
     assert found.recommend(0.001) is None
 
 
-def test_cuts_that_do_not_fit_are_refused_by_name_when_asked_for(teacher: Path) -> None:
-    assert {(s.num_key_value_layers, s.key_value_group_size) for s in list_cuts(teacher, None, [1, 3])} >= {
-        (3, 1),
-        (3, 3),
-    }
-    with pytest.raises(ConfigError, match="6 layers"):
-        list_cuts(teacher, [9], [1])
-    with pytest.raises(ConfigError, match="none would be skipped"):
-        list_cuts(teacher, [6], [1])
+def test_group_sizes_are_used_where_they_fit_and_cuts_that_do_not_are_refused_by_name(teacher: Path) -> None:
+    found = {(s.num_key_value_layers, s.key_value_group_size) for s in list_cuts(teacher, None, [1, 3])}
+    assert found == {(2, 1), (3, 1), (3, 3), (4, 1)}
+    assert len(list_cuts(teacher, [3, 4], [1, 2])) == 3
+    for kept, sizes, message in (
+        ([9], [1], "of the teacher's 6"),
+        ([6], [1], "1 to 5"),
+        ([3], [2], "none of 2 divides"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            list_cuts(teacher, kept, sizes)
+    with pytest.raises(ConfigError, match="none divides the later layers of any cut"):
+        list_cuts(teacher, None, [5])
 
 
 def test_the_command_prints_a_table_and_writes_a_picture(teacher: Path, tmp_path: Path) -> None:
@@ -90,9 +101,11 @@ def test_the_command_prints_a_table_and_writes_a_picture(teacher: Path, tmp_path
     figures = json.loads((tmp_path / "out" / "profile.json").read_text())
     assert len(figures["state_similarity"]) == 6 and figures["cuts"]
     assert (tmp_path / "out" / "profile.png").stat().st_size > 10_000
-    for wrong in (["--cuts", "three"], ["--group-sizes", "0"]):
+    file = tmp_path / "prompts.jsonl"
+    for wrong in (["--cuts", "three"], ["--group-sizes", "0"], ["--row-tokens", "4096"], ["--output", str(file)]):
         refused = CliRunner().invoke(app, [*arguments, *wrong])
-        assert isinstance(refused.exception, ConfigError) and wrong[0] in str(refused.exception)
+        assert isinstance(refused.exception, ConfigError)
+        assert (wrong[0] if wrong[1] != str(file) else "not a folder") in str(refused.exception)
 
 
 def _compute_logits(model: object, is_teacher: bool) -> torch.Tensor:
