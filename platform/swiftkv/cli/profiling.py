@@ -38,8 +38,8 @@ def profile(
 ) -> None:
     """How alike a teacher's layers are, and what each cut and group size costs before distillation.
 
-    Trains nothing. KL is what distillation starts from; the runs measured so far took away two thirds of it and more
-    (reports/quickstart), so the default of --max-kl is a rule of thumb, no promise.
+    Trains nothing. KL is what distillation starts from. The quickstart's run took away five sixths of it, so the
+    default of --max-kl is a rule of thumb, no promise.
     """
     kept_layers = None if cuts is None else _parse_numbers("--cuts", cuts)
     sizes = _parse_numbers("--group-sizes", group_sizes)
