@@ -21,7 +21,12 @@ pytestmark = [pytest.mark.cluster, pytest.mark.engine]
 
 CONTEXT_TOKENS = 256
 # cli/main.py is not needed to run the command's function.
-PROGRAM = "import typer; from swiftkv.cli.serve import serve; typer.run(serve)"
+PROGRAM = """
+import signal, typer
+from swiftkv.cli.serve import serve
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell runs in the background
+typer.run(serve)
+"""
 
 
 @pytest.fixture(scope="module")

@@ -14,10 +14,11 @@ import pytest
 from swiftkv.registry.registry import Registry
 
 PUBLISH = """
-import sys
+import signal, sys
 from pathlib import Path
 from swiftkv.registry.registry import Registry
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell runs in the background
 store, folder, version, alias = sys.argv[1:]
 registry = Registry(store)
 print("ready", flush=True)
