@@ -90,6 +90,15 @@ def compute_top2_gap(
     return (top[:, 0] - top[:, 1]).tolist()
 
 
+def turn_near_ties(config: Config, weights: Weights, token_ids: list[int], gap: float) -> list[Config]:
+    """For each routing whose last expert chosen and first one left out are within `gap`, closest first: a config
+    in which the token goes to the other one. Rounding decides such a routing, so either is right.
+    """
+    gaps: dict[tuple[str, int], float] = {}
+    compute_hidden_states(config | {"gaps": gaps}, weights, token_ids)
+    return [config | {"turned": routing} for routing in sorted(gaps, key=gaps.__getitem__) if gaps[routing] < gap]
+
+
 def _best(logits: Tensor) -> int:
     return int(logits[-1].argmax())
 
@@ -228,7 +237,7 @@ def _mlp(config: Config, weights: Weights, prefix: str, normed: Tensor) -> Tenso
     """The dense MLP, or a mixture of such where the checkpoint has a router."""
     if prefix + "gate.weight" not in weights:
         return _dense_mlp(weights, prefix, normed)
-    chosen, shares = _route(config, weights[prefix + "gate.weight"], normed)
+    chosen, shares = _route(config, weights, prefix, normed)
     mixed = torch.zeros_like(normed)
     for expert in chosen.unique().tolist():
         token, choice = (chosen == expert).nonzero(as_tuple=True)
@@ -237,10 +246,16 @@ def _mlp(config: Config, weights: Weights, prefix: str, normed: Tensor) -> Tenso
     return mixed
 
 
-def _route(config: Config, router_ED: Tensor, normed: Tensor) -> tuple[Tensor, Tensor]:
+def _route(config: Config, weights: Weights, prefix: str, normed: Tensor) -> tuple[Tensor, Tensor]:
     """The experts that each token goes to [T, C], and the share of the sum that each of them has [T, C]."""
-    probabilities_TE = (normed @ router_ED.T).softmax(dim=-1)
-    shares, chosen = probabilities_TE.topk(config["num_experts_per_tok"], dim=-1)
+    num_chosen = config["num_experts_per_tok"]
+    shares, chosen = (normed @ weights[prefix + "gate.weight"].T).softmax(dim=-1).sort(dim=-1, descending=True)
+    for token, gap in enumerate((shares[:, num_chosen - 1] - shares[:, num_chosen]).tolist()):
+        config.get("gaps", {})[prefix, token] = gap
+        if (prefix, token) == config.get("turned"):
+            last = [num_chosen, num_chosen - 1]
+            shares[token, last[::-1]], chosen[token, last[::-1]] = shares[token, last], chosen[token, last]
+    shares, chosen = shares[:, :num_chosen], chosen[:, :num_chosen]
     if config.get("norm_topk_prob", False):
         shares = shares / shares.sum(dim=-1, keepdim=True)
     return chosen, shares
@@ -276,11 +291,11 @@ def _rotate(heads: Tensor, rotation: Tensor) -> Tensor:
 
 
 def _rotation(config: Config, start: int, num_tokens: int) -> Tensor:
-    """Angles [T, H/2] in radians of positions start ... start + T - 1."""
+    """Angles [T, H/2] in radians of positions start ... start + T - 1: rounded in the order of training."""
     rope = dict(config.get("rope_scaling") or {}) | dict(config.get("rope_parameters") or {})
     theta = rope.get("rope_theta") or config.get("rope_theta") or 10000.0
     half = _head_dim(config) // 2
-    frequencies = theta ** -(torch.arange(half, dtype=torch.float32) / half)
+    frequencies = 1.0 / theta ** (torch.arange(half, dtype=torch.float32) / half)
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind == "llama3":
         frequencies = torch.tensor([_scale_llama3(float(f), rope) for f in frequencies])

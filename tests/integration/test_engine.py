@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 import torch
 from fakes import LLAMA3_ROPE_SCALING, TinyShape, random_prompt_ids, write_student
-from reference import compute_log_probs, compute_top2_gap, generate_greedy, load_weights
+from reference import Config, compute_log_probs, compute_top2_gap, generate_greedy, load_weights, turn_near_ties
+from torch import Tensor
 
 from swiftkv.engine.compiler import has_cxx_compiler
 from swiftkv.engine.llm import generate_greedy as generate_in_engine
@@ -176,19 +177,24 @@ def test_one_batch_gives_the_reference_tokens(
 def test_log_probabilities_are_the_reference_s(answers: list[Any], folder: Path, setup: Setup) -> None:
     """Of the tokens that the engine chose: in bfloat16 they are not always the reference's."""
     config, weights = load_weights(folder)
-    differences = []
-    for prompt, answer in zip(PROMPTS, answers, strict=True):
+
+    def compare(config: Config, prompt: list[int], answer: Any) -> Tensor:
         tokens = list(answer.token_ids)
+        found = torch.tensor([row[token].logprob for row, token in zip(answer.logprobs, tokens, strict=True)])
         reference = compute_log_probs(config, weights, prompt, tokens)
-        for row, token, found in zip(reference, tokens, answer.logprobs, strict=True):
-            differences.append(abs(found[token].logprob - float(row[token])))
+        return (found - reference.gather(1, torch.tensor(tokens)[:, None])[:, 0]).abs()
+
+    differences: list[float] = []
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        apart = compare(config, prompt, answer)
+        if setup.dtype == "float32" and setup.mlp == "experts" and apart.max() >= 1e-3:
+            turned = turn_near_ties(config, weights, prompt + list(answer.token_ids)[:-1], gap=5e-6)
+            apart = min((compare(other, prompt, answer) for other in turned), key=torch.max, default=apart)
+            print(f"{setup}: at {len(prompt)} tokens one of {len(turned)} near ties is turned")
+        differences += apart.tolist()
     worst, mean = max(differences), statistics.fmean(differences)
     print(f"{setup}: log probabilities differ by {worst:.1e} at most, {mean:.1e} in the mean")
-    if setup.dtype == "float32" and setup.mlp == "experts":
-        # At a near tie (4.8e-7 between two experts, seen) engine and Hugging Face turn to another expert than the
-        # reference, and what follows in that prompt is off alike: at most one prompt of the 32 at that.
-        assert sorted(differences)[int(0.95 * len(differences))] < 1e-3 and worst < 0.5
-    elif setup.dtype == "float32":
+    if setup.dtype == "float32":
         assert worst < 1e-3
     else:
         assert mean < MEAN_NATS[setup.mlp]

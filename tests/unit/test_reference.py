@@ -21,6 +21,7 @@ from reference import (
     compute_top2_gap,
     generate_greedy,
     load_weights,
+    turn_near_ties,
 )
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -315,24 +316,20 @@ def test_random_student_and_teacher_say_different_and_varied_things(tmp_path: Pa
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_ties_between_experts_are_rare(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ties_between_experts_are_rare_and_can_be_turned(tmp_path: Path, seed: int) -> None:
     """Where the last expert chosen and the first left out are near, another arithmetic may rightly swap them."""
     write_student(tmp_path, seed=seed, family="qwen3_moe")
     config, weights = load_weights(tmp_path)
-    gaps: list[torch.Tensor] = []
-    route = reference._route
-
-    def record(config: Config, router_ED: torch.Tensor, normed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        ranked = (normed @ router_ED.T).sort(dim=-1, descending=True).values
-        gaps.append(ranked[:, 1] - ranked[:, 2])
-        return route(config, router_ED, normed)
-
-    monkeypatch.setattr(reference, "_route", record)
-    compute_logits(config, weights, random_prompt_ids(random.Random(seed), 600))
-    all_gaps = torch.cat(gaps)
-    assert len(all_gaps) == 600 * 6
-    assert (all_gaps < 1e-4).float().mean() < 1e-3
-    assert all_gaps.median() > 0.5
+    tokens = random_prompt_ids(random.Random(seed), 600)
+    assert len(turn_near_ties(config, weights, tokens, 1.0)) == 600 * 6
+    assert len(turn_near_ties(config, weights, tokens, 5e-6)) < 8
+    turned = turn_near_ties(config, weights, tokens, 1e-3)[0]
+    states, others = (compute_hidden_states(c, weights, tokens) for c in (config, turned))
+    name, token = turned["turned"]
+    layer = int(name.split(".")[2])
+    moved = torch.stack([(a != b).any(dim=-1) for a, b in zip(states, others, strict=True)])  # [L + 1, T]
+    assert moved[layer + 1].nonzero().tolist() == [[token]]
+    assert not moved[: layer + 1].any() and not moved[:, :token].any()
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from swiftkv.bench.memory import PeakMemory
-from swiftkv.bench.models import LLAMA_8B_SHAPE, build_config_values
+from swiftkv.bench.models import LLAMA_8B_SHAPE, TRAINING_SHAPE, build_config_values
 from swiftkv.bench.pairs import OnStage, describe_processor, take_turns
 from swiftkv.bench.ratios import compute_ratio
 from swiftkv.bench.table import Result, Row
@@ -25,17 +25,6 @@ from swiftkv.hf_config import CONFIG_CLASSES
 from swiftkv.model.convert import freeze_teacher, initialise_student
 from swiftkv.model.modeling import MODEL_CLASSES, LaterStates, SwiftKVForCausalLM
 from swiftkv.spec import ModelShape
-
-SMALL_SHAPE = ModelShape(
-    hidden_size=512,
-    intermediate_size=1792,
-    num_hidden_layers=16,
-    num_attention_heads=8,
-    num_key_value_heads=2,
-    head_dim=64,
-    vocab_size=4096,  # so few that a tile of the loss holds the whole row
-)
-"""Layers of Llama-3.1-8B at an eighth of their width."""
 
 ROWS = (
     Row("speedup", "optimizer steps/s over the reference's, over what FlopCounterMode allows: loss everywhere", 0.95),
@@ -67,7 +56,7 @@ _CPU_ATTENTION = {  # FlopCounterMode knows attention on GPUs only
 class DistillPlan:
     """Sizes of one run of the bench."""
 
-    shape: ModelShape = SMALL_SHAPE
+    shape: ModelShape = TRAINING_SHAPE
     row_tokens: int = 1024
     rows: int = 1
     answer_tokens: int = 128

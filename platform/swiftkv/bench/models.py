@@ -4,7 +4,7 @@ Called by: bench/engine.py, bench/distill.py, scripts/smoke_engine.py. Calls: mo
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,9 @@ NARROW_8B_SHAPE = ModelShape(
     vocab_size=16032,
 )
 """Llama-3.1-8B with an eighth of its width and vocabulary: the same proportions of weights."""
+
+TRAINING_SHAPE = replace(NARROW_8B_SHAPE, num_hidden_layers=16, vocab_size=4096)
+"""For a training step on two CPU cores; with so few tokens to choose from, a tile of the loss holds a whole row."""
 
 EIGHT_LAYER_SHAPE = ModelShape(
     hidden_size=256,
