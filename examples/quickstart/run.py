@@ -83,7 +83,7 @@ def run(teacher: Path | None, report: Path) -> None:
                 _call([sys.executable, HERE / "teacher.py", "--corpus", corpus, "--output", teacher])
         with _stage("distill", stages):
             shutil.rmtree(run_folder, ignore_errors=True)
-            data = f"data.train=[{corpus / 'train.jsonl'}, {corpus / 'train_files.jsonl'}]"
+            data = f"data.train=[{{files: [{corpus / 'train.jsonl'}, {corpus / 'train_files.jsonl'}]}}]"
             settings = ["--set", f"teacher={teacher}", "--set", data]
             _call([*SWIFTKV, "distill", RECIPE, "--output", run_folder, *settings])
         final, provenance = run_folder / "final", run_folder / "provenance.json"
@@ -106,15 +106,16 @@ def run(teacher: Path | None, report: Path) -> None:
     portable = json.loads(
         json.dumps(figures).replace(f"{CHECKOUT}/", "")
     )  # a report says nothing of its machine's paths
-    write_report(portable, run_folder / "progress.jsonl", report)
+    write_report(portable, run_folder / "curve.jsonl", report)
 
 
 def _check_teacher(folder: Path) -> None:
     """Refuse a teacher that cannot be distilled before anything long is started."""
-    from swiftkv.distill.inputs import check_inputs
-    from swiftkv.distill.recipe import load_recipe
+    from swiftkv.model.checkpoint import load_tokenizer
+    from swiftkv.model.convert import resolve_cut
 
-    check_inputs(load_recipe(Path(RECIPE), {"teacher": str(folder), "data.train": f"[{RECIPE}]"}))
+    resolve_cut(folder, None)
+    load_tokenizer(folder)
 
 
 def _load_prompts(path: Path, model: Path) -> list[dict[str, Any]]:

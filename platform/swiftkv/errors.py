@@ -9,6 +9,8 @@
     │   ├── VersionExistsError              a version is written once and never changed
     │   ├── VersionNotFoundError            no such model, version or alias
     │   └── IntegrityError                  bytes differ from the manifest
+    ├── TrainingError (RuntimeError)         a distillation run could not go on; its checkpoints are kept
+    │   └── DivergedError                   its loss can no longer be trusted
     ├── ClusterError (RuntimeError)         a Ray cluster did not start, or a job on it failed
     └── EngineError (RuntimeError)          vLLM did not start, or was asked for what it cannot serve
 
@@ -51,6 +53,14 @@ class VersionNotFoundError(RegistryError):
 
 class IntegrityError(RegistryError):
     """The bytes of a version differ from its manifest."""
+
+
+class TrainingError(SwiftKVError, RuntimeError):
+    """A distillation run could not go on; its checkpoints are kept."""
+
+
+class DivergedError(TrainingError):
+    """The loss of a run can no longer be trusted."""
 
 
 class ClusterError(SwiftKVError, RuntimeError):

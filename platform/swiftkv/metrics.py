@@ -2,7 +2,7 @@
 
 Does not scrape, store or draw. Ray exports what is recorded here from each worker, with `ray_` in front of the
 name; outside a Ray process recording does nothing.
-Called by: distill/loop.py.
+Called by: distill/records.py.
 """
 
 from dataclasses import dataclass
@@ -24,9 +24,15 @@ class Metric:
 METRICS = {
     metric.name: metric
     for metric in (
-        Metric("swiftkv_distill_step", "gauge", "Optimizer steps done.", ("run",), "distill/loop.py"),
-        Metric("swiftkv_distill_loss_nats", "gauge", "Distillation loss.", ("run", "part"), "distill/loop.py"),
-        Metric("swiftkv_distill_tokens_per_second", "gauge", "Tokens/s of all workers.", ("run",), "distill/loop.py"),
+        Metric("swiftkv_distill_step", "gauge", "Optimizer steps done.", ("run",), "distill/records.py"),
+        Metric("swiftkv_distill_loss_nats", "gauge", "Distillation loss.", ("run", "part"), "distill/records.py"),
+        Metric(
+            "swiftkv_distill_tokens_per_second", "gauge", "Tokens/s of all workers.", ("run",), "distill/records.py"
+        ),
+        Metric("swiftkv_distill_learning_rate", "gauge", "Learning rate.", ("run",), "distill/records.py"),
+        Metric("swiftkv_distill_gradient_norm", "gauge", "Before clipping.", ("run",), "distill/records.py"),
+        Metric("swiftkv_distill_memory_bytes", "gauge", "In use by one worker.", ("run",), "distill/records.py"),
+        Metric("swiftkv_distill_remaining_seconds", "gauge", "Until the last step.", ("run",), "distill/records.py"),
     )
 }
 

@@ -2,24 +2,34 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
+import psutil
 import pytest
 import torch
 from fakes import write_teacher
+from ranks import run
 
-from swiftkv.distill.loop import build_student, train
+from swiftkv.cluster import Cluster, find_processes, start_cluster, stop_cluster
+from swiftkv.distill.data import PackedRows
+from swiftkv.distill.loop import Place
 from swiftkv.distill.recipe import load_recipe
-from swiftkv.distill.step import DistillStep
-from swiftkv.model.checkpoint import load_student, load_tokenizer
-from swiftkv.text import build_rows
+from swiftkv.distill.records import read_curve
+from swiftkv.model.checkpoint import load_student
 
 pytestmark = pytest.mark.cluster
 
 CHECKOUT = Path(__file__).parents[2]
 RECIPE = "jobs/recipes/quickstart-half-laptop.yaml"
+LONG_STEPS = 100
+"""So that there is time to disturb a run."""
 
 
 def swiftkv(home: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
@@ -48,7 +58,7 @@ def inputs(home: Path) -> list[str]:
     (home / "train.jsonl").write_text("\n".join(lines) + "\n")
     values = {
         "teacher": home / "teacher",
-        "data.train": f"[{home / 'train.jsonl'}]",
+        "data.train": f"[{{files: [{home / 'train.jsonl'}]}}]",
         "data.row_tokens": 128,
         "training.steps": 12,
         "training.rows_per_step": 4,
@@ -64,36 +74,36 @@ def run_folder(home: Path, inputs: list[str]) -> Path:
     return home / "run"
 
 
-def test_two_workers_give_the_weights_of_one(run_folder: Path) -> None:
+def test_two_workers_give_the_weights_of_one(run_folder: Path, home: Path) -> None:
     recipe = load_recipe(run_folder / "recipe.yaml")
     assert recipe.workers.num_workers == 2
-    alone = build_student(recipe)
-    step = DistillStep(alone, recipe.training.temperature, recipe.training.hidden_loss_weight)
-    curve = []
-    rows = build_rows(load_tokenizer(recipe.teacher), recipe.data.train, "text", recipe.data.row_tokens)
-    train(step, rows, recipe, rank=0, world_size=1, on_log=curve.append)
+    (rows,) = (home / "rows").iterdir()
+    alone = run(recipe, Place(), home, rows=PackedRows.open(rows))
     together = load_student(run_folder / "final").state_dict()
-    for name, tensor in alone.state_dict().items():
-        torch.testing.assert_close(
-            together[name], tensor, atol=2e-4, rtol=1e-3, msg=lambda text, name=name: name + text
-        )
-    assert curve[-1].loss < curve[0].loss
+    for name, tensor in alone["weights"].items():
+        found = together[name.removeprefix("model.")]
+        torch.testing.assert_close(found, tensor, atol=2e-4, rtol=1e-3, msg=lambda text, name=name: name + text)
+    curve = [point["loss"] for point in read_curve(run_folder)]
+    assert curve == pytest.approx(alone["curve"][:, 0].tolist(), rel=1e-3)
+    assert curve[-1] < curve[0]
 
 
 def test_the_run_leaves_no_cluster_and_all_its_records(run_folder: Path, home: Path) -> None:
     assert not (home / "cluster.json").exists()
-    assert {path.name for path in run_folder.iterdir()} == {"final", "recipe.yaml", "progress.jsonl", "provenance.json"}
-    lines = [json.loads(line) for line in (run_folder / "progress.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [5, 10, 12]
+    records = {"recipe.yaml", "run.json", "curve.jsonl", "curve.png", "tensorboard", "provenance.json", "final"}
+    assert {path.name for path in run_folder.iterdir()} == records
+    points = read_curve(run_folder)
+    assert [point["step"] for point in points] == list(range(1, 13))
     provenance = json.loads((run_folder / "provenance.json").read_text())
-    assert provenance["training"]["last_loss"] == lines[-1]["loss"]
+    assert provenance["training"]["last_loss"] == points[-1]["loss"]
     assert provenance["teacher"]["folder"] == str(home / "teacher")
+    assert provenance["data"]["used_frac"] > 0.97
 
 
 def test_an_ended_run_is_not_written_over(run_folder: Path, home: Path, inputs: list[str]) -> None:
     before = (run_folder / "final" / "model.safetensors").stat().st_mtime_ns
     result = swiftkv(home, "distill", RECIPE, "--output", run_folder, *inputs)
-    assert result.returncode == 2 and "this run has ended already" in result.stderr
+    assert result.returncode == 2 and "a run has ended here already" in result.stderr
     assert (run_folder / "final" / "model.safetensors").stat().st_mtime_ns == before
 
 
@@ -130,3 +140,142 @@ def test_bad_input_is_refused_before_a_cluster_is_started(
     assert result.returncode == 2
     assert message in result.stderr and "Traceback" not in result.stderr
     assert "starting a Ray cluster" not in result.stderr and not (home / "refused").exists()
+
+
+@pytest.fixture(scope="module")
+def cluster(home: Path, run_folder: Path) -> Iterator[Cluster]:
+    """One cluster for the runs below, after the run that had one of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SWIFTKV_HOME", str(home))
+        started = start_cluster(num_cpus=2)
+        yield started
+        stop_cluster(started)
+
+
+@pytest.fixture(scope="module")
+def long_inputs(inputs: list[str]) -> list[str]:
+    return [*inputs, "--set", f"training.steps={LONG_STEPS}", "--set", "checkpoints.every_steps=20"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster: Cluster, home: Path, long_inputs: list[str]) -> Path:
+    result = swiftkv(home, "distill", RECIPE, "--output", home / "undisturbed", *long_inputs)
+    assert result.returncode == 0, result.stderr + result.stdout
+    return home / "undisturbed"
+
+
+def assert_same_run(folder: Path, other: Path) -> None:
+    """To the bit: every point of the curve, and every weight."""
+    assert (folder / "curve.jsonl").read_bytes() == (other / "curve.jsonl").read_bytes()
+    assert (folder / "final" / "model.safetensors").read_bytes() == (other / "final" / "model.safetensors").read_bytes()
+
+
+def wait_for_steps(folder: Path, steps: int) -> None:
+    deadline = time.monotonic() + 300
+    curve = folder / "curve.jsonl"
+    while not curve.exists() or len(curve.read_text().splitlines()) < steps:
+        assert time.monotonic() < deadline, f"{folder} took no {steps} steps"
+        time.sleep(0.02)
+
+
+def find_workers(cluster: Cluster) -> list[psutil.Process]:
+    return [process for process in find_processes(cluster) if "TrainWorker" in " ".join(process.cmdline()[:1])]
+
+
+def test_a_run_whose_worker_is_killed_ends_like_one_that_was_not_disturbed(
+    cluster: Cluster, undisturbed: Path, home: Path, long_inputs: list[str]
+) -> None:
+    folder = home / "killed"
+    command = [sys.executable, "-m", "swiftkv.cli", "distill", RECIPE, "--output", str(folder), *long_inputs]
+    with subprocess.Popen(command, cwd=CHECKOUT, env=os.environ | {"SWIFTKV_HOME": str(home)}) as running:
+        wait_for_steps(folder, 30)
+        workers = find_workers(cluster)
+        assert len(workers) == 2
+        workers[1].kill()
+        assert running.wait(300) == 0
+    assert_same_run(folder, undisturbed)
+
+
+def test_an_elastic_run_takes_the_workers_that_there_are(
+    cluster: Cluster, undisturbed: Path, home: Path, long_inputs: list[str]
+) -> None:
+    """Three are wanted and the cluster has room for two."""
+    sizes = ["--set", "workers.num_workers=3", "--set", "workers.min_workers=1"]
+    result = swiftkv(home, "distill", RECIPE, "--output", home / "elastic", *long_inputs, *sizes)
+    assert result.returncode == 0, result.stderr
+    assert_same_run(home / "elastic", undisturbed)
+
+
+def test_a_run_is_left_stopped_and_taken_up_again(
+    cluster: Cluster, undisturbed: Path, home: Path, long_inputs: list[str]
+) -> None:
+    folder = home / "stopped"
+    words = [sys.executable, "-m", "swiftkv.cli", "distill", RECIPE, "--output", str(folder), "--follow", *long_inputs]
+    environment = os.environ | {"SWIFTKV_HOME": str(home)}
+    with subprocess.Popen(words, cwd=CHECKOUT, env=environment, stderr=subprocess.PIPE, text=True) as following:
+        wait_for_steps(folder, 2)
+        following.send_signal(signal.SIGINT)
+        _, said = following.communicate(timeout=60)
+    assert following.returncode == 0 and f"swiftkv distill --stop {folder}" in said
+    stopped = swiftkv(home, "distill", "--stop", folder)
+    assert stopped.returncode == 0, stopped.stderr
+    assert "saves a checkpoint at its next step" in stopped.stdout
+    deadline = time.monotonic() + 120
+    while (gone := swiftkv(home, "distill", "--stop", folder)).returncode == 0:
+        assert time.monotonic() < deadline
+    assert "no such run is going on" in gone.stderr
+    assert 2 <= len(read_curve(folder)) < LONG_STEPS and not (folder / "final").exists()
+    again = swiftkv(home, "distill", RECIPE, "--output", folder, *long_inputs)
+    assert again.returncode == 2 and "a run has begun here already" in again.stderr
+
+    resumed = swiftkv(home, "distill", "--resume", folder)
+    assert resumed.returncode == 0, resumed.stderr
+    assert_same_run(folder, undisturbed)
+    ended = swiftkv(home, "distill", "--resume", folder)
+    assert ended.returncode == 2 and "this run has ended" in ended.stderr
+
+
+def test_a_loss_that_is_not_a_number_publishes_nothing(
+    cluster: Cluster, undisturbed: Path, home: Path, long_inputs: list[str]
+) -> None:
+    folder = home / "diverged"
+    result = swiftkv(
+        home, "distill", RECIPE, "--output", folder, *long_inputs, "--set", "training.learning_rate=1.0e+30"
+    )
+    assert result.returncode == 2
+    assert "the loss is" in result.stderr or "norm is" in result.stderr
+    assert "diverged-batch.npz" in result.stderr and "Traceback" not in result.stderr
+    assert not (folder / "final").exists()
+    batch = np.load(folder / "diverged-batch.npz")
+    assert batch["input_ids"].shape == (4, 128) and len(batch["rows"]) == 4
+
+
+def test_storage_that_is_full_leaves_the_last_checkpoint(
+    cluster: Cluster, undisturbed: Path, home: Path, long_inputs: list[str]
+) -> None:
+    storage = home / "storage"
+    storage.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "none", storage], check=False)
+    if mounted.returncode:
+        pytest.skip("a file system of a given size needs root")
+    try:
+        (storage / "ballast").write_bytes(bytes(1 << 20))
+        small = [*long_inputs, "--set", f"checkpoints.storage={storage}", "--set", "workers.max_failures=0"]
+        folder = home / "full"
+        words = [sys.executable, "-m", "swiftkv.cli", "distill", RECIPE, "--output", str(folder), *small]
+        environment = os.environ | {"SWIFTKV_HOME": str(home)}
+        with subprocess.Popen(words, cwd=CHECKOUT, env=environment, stderr=subprocess.PIPE, text=True) as running:
+            wait_for_steps(folder, 30)
+            with suppress(OSError), (storage / "ballast").open("ab") as ballast:
+                while True:
+                    ballast.write(bytes(1 << 16))
+                    ballast.flush()
+            _, said = running.communicate(timeout=300)
+        assert running.returncode == 2
+        assert "No space left" in said and f"--resume {folder}" in said and "Traceback" not in said
+        (storage / "ballast").unlink()
+        resumed = swiftkv(home, "distill", "--resume", folder)
+        assert resumed.returncode == 0, resumed.stderr
+        assert_same_run(folder, undisturbed)
+    finally:
+        subprocess.run(["umount", storage], check=True)

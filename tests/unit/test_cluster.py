@@ -182,7 +182,7 @@ def test_job_that_fails_raises_with_its_last_lines(cluster):
 @pytest.mark.cluster
 def test_job_without_an_entrypoint_is_refused(cluster):
     with pytest.raises(ClusterError, match="did not take the job"):
-        submit_job(cluster, "true", working_dir=Path("/no/such/folder"))
+        submit_job(cluster, "true", checkout=Path("/no/such/folder"))
 
 
 @pytest.mark.cluster

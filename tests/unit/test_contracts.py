@@ -36,7 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "spec": {"errors"},
     "families": {"errors", "spec"},
     "model": {"families", "hf_config"},
-    "distill": {"model", "registry", "text"},
+    "distill": {"model", "registry", "text", "families"},
     "evaluate": {"model", "engine", "registry", "text"},
     "registry": {"spec"},
     "engine": {"families", "hf_config"},
@@ -50,7 +50,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "hf_config": {"families"},
     "text": set(),
     "cluster": {"config", "errors"},
-    "jobs": {"cluster"},
+    "jobs": set(),
 }
 ONLY_LISTED = {"config", "errors", "spec", "metrics", "cluster"}
 """Rooms that get nothing beyond their row; the others may import FOR_EVERY_ROOM too."""

@@ -11,19 +11,21 @@ import time
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from swiftkv.bench.memory import PeakMemory
-from swiftkv.bench.models import LLAMA_8B_SHAPE, TRAINING_SHAPE, build_config_values
+from swiftkv.bench.models import LLAMA_8B_SHAPE, TRAINING_SHAPE, build_random_student
 from swiftkv.bench.pairs import OnStage, describe_processor, take_turns
 from swiftkv.bench.ratios import compute_ratio
+from swiftkv.bench.scaling import WorkerGroup
 from swiftkv.bench.table import Result, Row
+from swiftkv.distill.packing import pack_examples
 from swiftkv.distill.step import Batch, DistillStep
+from swiftkv.distill.tokenise import Example
 from swiftkv.errors import EngineError
-from swiftkv.hf_config import CONFIG_CLASSES
-from swiftkv.model.convert import freeze_teacher, initialise_student
-from swiftkv.model.modeling import MODEL_CLASSES, LaterStates, SwiftKVForCausalLM
+from swiftkv.model.modeling import LaterStates, SwiftKVForCausalLM
 from swiftkv.spec import ModelShape
 
 ROWS = (
@@ -32,6 +34,8 @@ ROWS = (
     Row(
         "memory", "peak memory of a step beyond the weights, over the reference's: loss on the last eighth", 0.4, False
     ),
+    Row("packing", "useful tokens/s of packed rows over those of padded ones, the same documents", None),
+    Row("weak-scaling", "tokens/s of two workers of one core and one row each, over one such worker's", None),
 )
 _ROWS = {row.name: row for row in ROWS}
 
@@ -62,6 +66,8 @@ class DistillPlan:
     answer_tokens: int = 128
     """At the end of each row, which carry the loss of the answers-only rows."""
     pairs: int = 9
+    documents: int = 24
+    """Of the packing row."""
 
 
 class WholePasses(DistillStep):
@@ -106,22 +112,55 @@ def measure_distillation(plan: DistillPlan, on_stage: OnStage) -> tuple[list[Res
         peaks = [side.measure_peak_bytes() for side in sides]
         figures |= {f"{key}_reference_peak_bytes": peaks[0], f"{key}_peak_bytes": peaks[1]}
     results.append(Result(_ROWS["memory"], compute_ratio([peaks[1]], [peaks[0]]), *(f"{p:,} bytes" for p in peaks)))
+    results.append(_measure_packing(plan, model, figures, on_stage))
+    results.append(_measure_scaling(plan, on_stage))
     return results, figures
 
 
-def build_random_student(shape: ModelShape, device: str = "cpu") -> SwiftKVForCausalLM:
-    """A random Llama with half of its layers skipped, ready to be distilled; on "meta" it has shapes only."""
-    config = CONFIG_CLASSES["llama_swiftkv"](
-        **build_config_values(shape),
-        num_key_value_layers=shape.num_hidden_layers // 2,
-        attn_implementation="sdpa",
-    )
-    with torch.device(device):
-        model = MODEL_CLASSES["llama_swiftkv"](config)
-    if device != "meta":
-        initialise_student(model)
-    freeze_teacher(model)
-    return model
+def _measure_packing(
+    plan: DistillPlan, model: SwiftKVForCausalLM, figures: dict[str, Any], on_stage: OnStage
+) -> Result:
+    """All documents once, in packed rows and in padded ones, a row at a time."""
+    generator = np.random.default_rng(0)
+    # Lengths spread as those of instruction data: a few long documents among many short ones.
+    lengths = np.exp(generator.normal(np.log(plan.row_tokens / 6), 0.8, plan.documents))
+    lengths = lengths.astype(int).clip(8, plan.row_tokens)
+    ids = [generator.integers(0, plan.shape.vocab_size, length, dtype=np.int32) for length in lengths]
+    examples = [Example(part, np.ones(len(part), dtype=np.bool_)) for part in ids]
+    step = DistillStep(model, 2.0, 1.0)
+    kinds = [_build_row_batches(examples, plan, packing) for packing in (False, True)]
+    sides = [[_Side(step, batch) for batch in batches] for batches in kinds]
+    measure = [lambda rows=rows: sum(side.time_step() for side in rows) for rows in sides]
+    seconds = take_turns(measure, max(2, plan.pairs // 4), on_stage, "packing")
+    used = [float(lengths.sum()) / (len(batches) * plan.row_tokens) for batches in kinds]
+    figures |= {"padded_used_frac": round(used[0], 4), "packed_used_frac": round(used[1], 4)}
+    speeds = [f"{lengths.sum() / statistics.median(side):,.0f} useful tokens/s" for side in seconds]
+    return Result(_ROWS["packing"], compute_ratio(*seconds), *speeds)
+
+
+def _build_row_batches(examples: list[Example], plan: DistillPlan, packing: bool) -> list[Batch]:
+    """One batch per row."""
+    batches = []
+    for block in pack_examples(examples, plan.row_tokens, fill_token=0, packing=packing):
+        for row in range(len(block.input_ids)):
+            arrays = (block.input_ids, block.predicts, block.position_ids)
+            tensors = [torch.from_numpy(np.ascontiguousarray(array[row : row + 1])) for array in arrays]
+            batches.append(Batch.from_mask(tensors[0].long(), tensors[1], tensors[2].long()))
+    return batches
+
+
+def _measure_scaling(plan: DistillPlan, on_stage: OnStage) -> Result:
+    groups = [WorkerGroup(world_size, plan.shape, plan.row_tokens) for world_size in (1, 2)]
+    try:
+        alone, together = take_turns([group.time_step for group in groups], plan.pairs, on_stage, "weak scaling")
+    finally:
+        for group in groups:
+            group.close()
+    rates = [
+        f"{count * plan.row_tokens / statistics.median(side):,.0f} tokens/s"
+        for count, side in ((1, alone), (2, together))
+    ]
+    return Result(_ROWS["weak-scaling"], compute_ratio(alone, together).scale(2), *rates)
 
 
 def build_batch(plan: DistillPlan, only_answers: bool = False) -> Batch:

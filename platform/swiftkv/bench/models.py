@@ -1,14 +1,17 @@
 """Random models and prompts for benches: speed does not depend on what weights say.
 
-Called by: bench/engine.py, bench/distill.py, scripts/smoke_engine.py. Calls: model/convert.py.
+Called by: bench/engine.py, bench/distill.py, bench/scaling.py, scripts/smoke_engine.py. Calls: model/convert.py.
 """
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from swiftkv.spec import ModelShape, SwiftKVSpec
+
+if TYPE_CHECKING:
+    from swiftkv.model.modeling import SwiftKVForCausalLM
 
 Prompts = Sequence[Sequence[int]]
 
@@ -85,6 +88,27 @@ def write_random_models(
         student = convert_teacher(folder / "teacher", kept, group_size, dtype=torch.bfloat16)
         save_student(student, folder / ("student" if group_size == 1 else f"student-{group_size}"))
     return SwiftKVSpec(shape, kept, group_sizes[0])
+
+
+def build_random_student(shape: ModelShape, device: str = "cpu") -> "SwiftKVForCausalLM":
+    """A random Llama with half of its layers skipped, ready to be distilled; on "meta" it has shapes only."""
+    import torch
+
+    from swiftkv.hf_config import CONFIG_CLASSES
+    from swiftkv.model.convert import freeze_teacher, initialise_student
+    from swiftkv.model.modeling import MODEL_CLASSES
+
+    config = CONFIG_CLASSES["llama_swiftkv"](
+        **build_config_values(shape),
+        num_key_value_layers=shape.num_hidden_layers // 2,
+        attn_implementation="sdpa",
+    )
+    with torch.device(device):
+        model = MODEL_CLASSES["llama_swiftkv"](config)
+    if device != "meta":
+        initialise_student(model)
+    freeze_teacher(model)
+    return model
 
 
 def build_config_values(shape: ModelShape) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The table of the engine bench: its rows and bounds, and how it is shown as text, picture and JSON.
+"""The tables of benches, with the rows and bounds of the engine's: how they are shown as text, picture and JSON.
 
 Measures nothing.
 Called by: bench/engine.py, cli/bench.py.
@@ -18,9 +18,15 @@ class Row:
 
     name: str
     what: str
-    bound: float
+    bound: float | None
+    """None: reported as it is."""
     is_least: bool = True
     """Whether the ratio must be at least the bound; otherwise at most."""
+
+    @property
+    def limit(self) -> str:
+        """The bound with its sign."""
+        return "none" if self.bound is None else f"{'≥' if self.is_least else '≤'} {self.bound}"
 
 
 ROWS = (
@@ -55,7 +61,9 @@ class Result:
 
     @property
     def is_met(self) -> bool:
-        """Whether the median keeps the bound."""
+        """Whether the median keeps the bound, if there is one."""
+        if self.row.bound is None:
+            return True
         return self.ratio.median >= self.row.bound if self.row.is_least else self.ratio.median <= self.row.bound
 
     def to_json(self) -> dict[str, Any]:
@@ -64,7 +72,7 @@ class Result:
         return {
             "row": self.row.name,
             "what": self.row.what,
-            "bound": f"at {'least' if self.row.is_least else 'most'} {self.row.bound}",
+            "bound": self.row.limit.replace("≥", "at least").replace("≤", "at most"),
             "is_met": self.is_met,
             **interval,
             "pairs": [round(value, 4) for value in self.ratio.pairs],
@@ -79,19 +87,20 @@ def build_markdown(results: Sequence[Result]) -> str:
     for result in results:
         ratio, row = result.ratio, result.row
         interval = f"{ratio.low:.3f} to {ratio.high:.3f}" if len(ratio.pairs) > 1 else "counted, not timed"
-        bound = f"{'≥' if row.is_least else '≤'} {row.bound}"
-        values = (row.what, bound, f"{ratio.median:.3f}", interval, f"{result.student} / {result.teacher}")
-        lines.append(f"| {' | '.join(values)} | {'yes' if result.is_met else '**no**'} |")
+        values = (row.what, row.limit, f"{ratio.median:.3f}", interval, f"{result.student} / {result.teacher}")
+        met = "" if row.bound is None else "yes" if result.is_met else "**no**"
+        lines.append(f"| {' | '.join(values)} | {met} |")
     return "\n".join(lines) + "\n"
 
 
 def draw(results: Sequence[Result], title: str, path: Path) -> None:
-    """The table as a picture: how far each median, with its interval, is past its bound."""
+    """The rows with a bound as a picture: how far each median, with its interval, is past it."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    results = [result for result in results if result.row.bound is not None]
     figure, axes = plt.subplots(figsize=(9, 0.55 * len(results) + 1.4))
     for index, result in enumerate(reversed(results)):
         margins = [_compute_margin(result.row, value) for value in (result.ratio.low, result.ratio.high)]
@@ -99,9 +108,8 @@ def draw(results: Sequence[Result], title: str, path: Path) -> None:
         axes.plot(margins, [index, index], color=colour, linewidth=3, solid_capstyle="round", alpha=0.4)
         margin = _compute_margin(result.row, result.ratio.median)
         axes.plot(margin, index, "o", color=colour)
-        sign = "≥" if result.row.is_least else "≤"
         axes.annotate(
-            f"{result.ratio.median:.2f} ({sign} {result.row.bound})",
+            f"{result.ratio.median:.2f} ({result.row.limit})",
             (max(*margins, margin), index),
             xytext=(8, 0),
             textcoords="offset points",
@@ -122,4 +130,5 @@ def draw(results: Sequence[Result], title: str, path: Path) -> None:
 
 def _compute_margin(row: Row, value: float) -> float:
     """Percent by which a ratio is on the good side of the row's bound."""
+    assert row.bound is not None
     return 100 * (value / row.bound - 1 if row.is_least else 1 - value / row.bound)

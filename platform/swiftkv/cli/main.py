@@ -9,6 +9,7 @@ import typer
 
 from swiftkv.cli.bench import bench_app
 from swiftkv.cli.cluster import down
+from swiftkv.cli.delta import delta_app, export_snowflake
 from swiftkv.cli.distill import distill
 from swiftkv.cli.evaluate import evaluate
 from swiftkv.cli.models import models_app, publish
@@ -23,8 +24,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for command in (profile, distill, evaluate, publish, serve, down):
+for command in (profile, distill, evaluate, publish, serve, down, export_snowflake):
     app.command()(command)
+app.add_typer(delta_app, name="delta")
 app.add_typer(models_app, name="models")
 app.add_typer(bench_app, name="bench")
 

@@ -40,7 +40,7 @@ def publish(
     alias: Annotated[str | None, typer.Option(help="Alias to move to the version, such as production.")] = None,
     provenance: Annotated[
         Path | None,
-        typer.Option(help="YAML or JSON with any of: teacher, recipe, training, evaluation."),
+        typer.Option(help="YAML or JSON with any of: teacher, recipe, data, training, evaluation."),
     ] = None,
     store: Store = None,
 ) -> None:
@@ -159,6 +159,7 @@ def _list_sections(manifest: "Manifest", aliases: str) -> list[tuple[str, dict[s
         ("teacher", manifest.teacher or {}),
         ("spec", dict(manifest.spec)),
         ("recipe", {} if recipe is None else {"(SHA-256)": recipe.sha256, **recipe.content}),
+        ("data", manifest.data or {}),
         ("training", manifest.training or {}),
         ("evaluation", manifest.evaluation or {}),
         (f"files, {_describe_size(manifest)}", files),

@@ -1,22 +1,33 @@
-"""What a recipe needs to be there before a cluster or a GPU is taken: teacher, cut, text, a free folder.
+"""What a recipe needs to be there before a cluster or a GPU is taken: teacher, cut and documents.
 
-Called by: cli/distill.py (before the job), distill/loop.py (in it).
+Looks at the first few documents of files only. Data sets of the hub are not asked for here, because that needs a
+network and may download much: prepare.py reads them, before workers start.
+Called by: cli/distill.py (before the job), distill/run.py (in it).
 """
 
+import importlib.util
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
-from swiftkv.distill.recipe import Recipe
+from swiftkv.distill.recipe import Recipe, SourceSettings
+from swiftkv.distill.sources import Document, load_source
+from swiftkv.distill.tokenise import check_tokenizer, tokenise_documents
 from swiftkv.errors import ConfigError, DataError
 from swiftkv.model.checkpoint import load_tokenizer, read_config
 from swiftkv.model.convert import resolve_cut
 from swiftkv.spec import SwiftKVSpec
 
+_NUM_FIRST_DOCUMENTS = 16
+_FIRST_CHARACTERS = 10_000
+
 
 def check_inputs(recipe: Recipe) -> SwiftKVSpec:
     """The cut that the recipe asks of its teacher, after looking at every input.
 
-    Raises: CheckpointError if the teacher cannot be used; ConfigError if the cut does not fit it; DataError if a
-    data file is missing.
+    Raises: CheckpointError if the teacher cannot be used; ConfigError if the cut, the rows or the tokenizer do not fit
+    it; DataError if documents are missing or cannot be used.
     """
     spec = resolve_cut(recipe.teacher, recipe.cut.num_key_value_layers, recipe.cut.key_value_group_size)
     if not spec.num_later_layers:
@@ -24,24 +35,76 @@ def check_inputs(recipe: Recipe) -> SwiftKVSpec:
             f"cut.num_key_value_layers is {spec.num_key_value_layers}, all of the teacher's layers: nothing would be "
             "skipped or trained. Choose fewer."
         )
-    if load_tokenizer(recipe.teacher).eos_token_id is None:
-        raise DataError(
-            f"{recipe.teacher}: its tokenizer has no end token, which separates documents. "
-            "Set eos_token in its tokenizer_config.json."
-        )
-    context = int(read_config(recipe.teacher).get("max_position_embeddings") or recipe.data.row_tokens)
-    if recipe.data.row_tokens > context:
+    _check_rows(recipe)
+    tokenizer = load_tokenizer(recipe.teacher)
+    _check_vocabulary(recipe.teacher, tokenizer)
+    if recipe.report.wandb_project and importlib.util.find_spec("wandb") is None:
         raise ConfigError(
-            f"data.row_tokens is {recipe.data.row_tokens}, but the teacher's context is {context} tokens: "
-            "give at most that."
+            "report.wandb_project is set, but wandb is not installed. pip install wandb, or leave it out."
         )
-    for file in recipe.data.train:
-        if not file.is_file():
-            raise DataError(f"{file}: no such file. Check data.train in the recipe.")
+    for source in recipe.data.train:
+        check_tokenizer(tokenizer, source.format)
+        if source.name is None:
+            _check_first_documents(source, tokenizer, recipe.data.loss_on)
     return spec
 
 
-def check_run_folder(run_folder: Path) -> None:
-    """Raises: ConfigError if a run has ended in this folder already."""
-    if (run_folder / "final").exists():
-        raise ConfigError(f"{run_folder / 'final'} exists: this run has ended already. Choose another --output.")
+def check_storage(storage: str) -> None:
+    """Raises: ConfigError if nothing can be written to this folder or bucket."""
+    from pyarrow.fs import FileSystem
+
+    try:
+        system, path = FileSystem.from_uri(storage if "://" in storage else Path(storage).absolute().as_uri())
+        system.create_dir(path, recursive=True)
+        with system.open_output_stream(f"{path}/.written") as probe:
+            probe.write(b"")
+        system.delete_file(f"{path}/.written")
+    except (OSError, ValueError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"{storage}: checkpoints cannot be stored there ({reason}). Check checkpoints.storage, its credentials and "
+            "the network."
+        ) from None
+
+
+def _check_rows(recipe: Recipe) -> None:
+    row_tokens, rows_per_step = recipe.data.row_tokens, recipe.training.rows_per_step
+    context = int(read_config(recipe.teacher).get("max_position_embeddings") or row_tokens)
+    if row_tokens > context:
+        raise ConfigError(
+            f"data.row_tokens is {row_tokens}, but the teacher's context is {context} tokens: give at most that."
+        )
+    if rows_per_step < recipe.workers.num_workers:
+        raise ConfigError(
+            f"training.rows_per_step is {rows_per_step}, fewer than workers.num_workers "
+            f"({recipe.workers.num_workers}): some workers would have nothing to do. Give at least a row for each."
+        )
+
+
+def _check_vocabulary(teacher: Path, tokenizer: Any) -> None:
+    num_embeddings = int(read_config(teacher)["vocab_size"])
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= num_embeddings:
+        raise ConfigError(
+            f"{teacher}: mixed vocabularies: its tokenizer has token ids up to {largest}, but the model embeds only "
+            f"{num_embeddings} tokens. Put the tokenizer that belongs to the model beside its weights."
+        )
+
+
+def _check_first_documents(settings: SourceSettings, tokenizer: Any, loss_on: str) -> None:
+    source = load_source(settings)
+    documents = [_shorten(document) for document in islice(source.read(), _NUM_FIRST_DOCUMENTS)]
+    examples = tokenise_documents(tokenizer, documents, settings.format, loss_on)
+    if not any(example.predicts.any() for example in examples):
+        if problem := next((example.problem for example in examples if example.problem), ""):
+            raise DataError(problem)
+        raise DataError(
+            f"{source.place}: all masked: none of the first {len(documents)} documents has an answer, and only answers "
+            "carry a loss. Give messages of the role assistant, or set data.loss_on to all."
+        )
+
+
+def _shorten(document: Document) -> Document:
+    """A text file may be a whole book, whose first pages will do."""
+    is_text = isinstance(document.content, str)
+    return replace(document, content=document.content[:_FIRST_CHARACTERS]) if is_text else document

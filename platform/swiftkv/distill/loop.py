@@ -1,143 +1,167 @@
-"""A distillation run: rows prepared, workers started by Ray Train, steps taken, the student saved.
+"""The optimizer steps of a run on one worker, from wherever its last checkpoint left it.
 
-Called by: jobs/distill.py.
-Calls: text.py (rows), distill/data.py (which rows), model/convert.py (teacher to student), distill/step.py (one batch).
+Knows neither Ray nor files: rows, logging, saving and the wish to stop are handed in.
+Called by: distill/worker.py.
+Calls: distill/data.py (which rows), distill/step.py (one pass), distill/divergence.py.
 
-Shapes: B rows of this worker, T tokens.
+Shapes: B rows of a pass, T tokens.
 """
 
-import json
-import shutil
-import tempfile
-import time
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import numpy as np
-import ray.train
-import ray.train.torch
+import numpy.typing as npt
 import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
-from swiftkv.distill.data import choose_rows
-from swiftkv.distill.inputs import check_inputs, check_run_folder
+from swiftkv.distill.checkpoints import CURVE_COLUMNS
+from swiftkv.distill.data import PackedRows, choose_rows, share_rows
+from swiftkv.distill.divergence import DivergenceGuard
 from swiftkv.distill.losses import compute_learning_rate_factor
-from swiftkv.distill.progress import Progress
-from swiftkv.distill.recipe import Recipe, save_recipe
+from swiftkv.distill.recipe import Recipe
 from swiftkv.distill.step import Batch, DistillStep
-from swiftkv.metrics import record
-from swiftkv.model.checkpoint import load_tokenizer, save_student
-from swiftkv.model.convert import convert_teacher, freeze_teacher
-from swiftkv.model.modeling import SwiftKVForCausalLM
-from swiftkv.spec import SwiftKVSpec
-from swiftkv.text import Rows, build_rows
-
-OnLog = Callable[[Progress], None]
 
 
-def run_distillation(recipe: Recipe, run_folder: Path) -> Path:
-    """Distill and leave the student in `<run_folder>/final`; also recipe.yaml, progress.jsonl, provenance.json.
+@dataclass(frozen=True)
+class Figures:
+    """What one optimizer step gave, the same on every worker."""
 
-    Needs a Ray cluster to connect to (`ray.init()` decides which).
-    Raises: ConfigError if the folder holds a finished run; what the recipe's parts raise for bad input.
-    """
-    final = run_folder / "final"
-    check_run_folder(run_folder)
-    recipe = _make_absolute(recipe)
-    spec = check_inputs(recipe)
-    run_folder.mkdir(parents=True, exist_ok=True)
-    # A run that was killed: Ray Train would take up its checkpoints, which belong to another start.
-    shutil.rmtree(run_folder / "ray", ignore_errors=True)
-    save_recipe(recipe, run_folder / "recipe.yaml")
-    rows = _prepare_rows(recipe, run_folder / "rows.npy")
-    print(
-        f"distill {recipe.teacher}: {spec.num_key_value_layers} of {spec.shape.num_hidden_layers} layers run for "
-        f"every token, groups of {spec.key_value_group_size}, {len(rows)} rows of {recipe.data.row_tokens} tokens",
-        flush=True,
+    step: int
+    """Steps done, this one included."""
+    loss: float
+    logits_kl: float
+    hidden_loss: float
+    learning_rate: float
+    gradient_norm: float
+    """Before clipping."""
+    num_positions: int
+    """Positions with a loss."""
+    asked_to_stop: bool
+
+
+@dataclass(frozen=True)
+class Ending:
+    """Why the loop ended, and after how many steps."""
+
+    kind: Literal["finished", "stopped", "diverged"]
+    steps_done: int
+    problem: str = ""
+    """Of a run that diverged."""
+
+
+class Surroundings(Protocol):
+    """What the loop asks of the worker around it."""
+
+    def log(self, figures: Figures) -> None:
+        """A step was taken."""
+
+    def save(self, curve: Tensor) -> None:
+        """Begin a checkpoint. Shapes: curve [steps done, columns]."""
+
+    def hand_over(self) -> None:
+        """Finish the checkpoint that was begun, if there is one."""
+
+    def wants_to_stop(self) -> bool:
+        """Whether somebody asked the run to end; what the first worker says counts."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which worker this is."""
+
+    rank: int = 0
+    world_size: int = 1
+
+
+class Training:
+    """A step with its optimizer, and how far it has come."""
+
+    def __init__(self, step: DistillStep, recipe: Recipe, rows: PackedRows, place: Place = Place()) -> None:
+        self.step, self.settings, self.rows, self.place = step, recipe.training, rows, place
+        self.trained = [parameter for parameter in step.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=self.settings.learning_rate, weight_decay=0.0)
+        self.curve = torch.zeros(0, len(CURVE_COLUMNS), dtype=torch.float64)
+        """One row per step done, of CURVE_COLUMNS."""
+        self.bfloat16 = _agree(uses_bfloat16(self.settings.precision, step), place)
+
+    def choose_rows(self) -> npt.NDArray[np.int64]:
+        """The rows of the next step, of all workers."""
+        return choose_rows(len(self.curve), self.settings.rows_per_step, len(self.rows), self.settings.seed)
+
+
+def train(training: Training, checkpoint_every: int, surroundings: Surroundings) -> Ending:
+    """Take the steps that are left; the last state is always saved, but for a step that diverged."""
+    settings, curve = training.settings, training.curve
+    guard = DivergenceGuard(settings.spike_factor, curve[:, 0].tolist())
+    while len(training.curve) < settings.steps:
+        figures = compute_gradients(training, surroundings.wants_to_stop())
+        surroundings.hand_over()  # begun a step ago, so that writing and computing overlap
+        problem = guard.find_problem(figures.loss, figures.gradient_norm)
+        if problem is not None:
+            return Ending("diverged", figures.step - 1, problem)
+        training.optimizer.step()
+        row = [getattr(figures, column) for column in CURVE_COLUMNS]
+        training.curve = torch.cat([training.curve, torch.tensor([row], dtype=torch.float64)])
+        surroundings.log(figures)
+        ends = figures.asked_to_stop or figures.step == settings.steps
+        if ends or figures.step % checkpoint_every == 0:
+            surroundings.save(training.curve)
+        if ends:
+            break
+    surroundings.hand_over()
+    done = len(training.curve)
+    return Ending("finished" if done == settings.steps else "stopped", done)
+
+
+def compute_gradients(training: Training, wants_to_stop: bool = False) -> Figures:
+    """Gradients of the next step's rows, clipped; the weights stay as they are."""
+    settings, place = training.settings, training.place
+    chosen = training.choose_rows()
+    num_positions = int(training.rows.num_positions[chosen].sum())
+    passes = share_rows(chosen, place.rank, place.world_size, settings.rows_per_pass)
+    training.optimizer.zero_grad(set_to_none=True)
+    totals = torch.zeros(4, dtype=torch.float64)  # the three losses, and the wish to stop
+    for index, numbers in enumerate(passes):
+        if isinstance(training.step, FSDPModule):
+            training.step.set_requires_gradient_sync(index == len(passes) - 1)
+        totals[:3] += _run_pass(training, numbers, num_positions)
+    totals[3] = float(wants_to_stop and place.rank == 0)
+    if place.world_size > 1:
+        dist.all_reduce(totals)
+    norm = torch.nn.utils.clip_grad_norm_(training.trained, settings.max_gradient_norm)
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
+    learning_rate = _set_learning_rate(training)
+    loss, logits_kl, hidden_loss, asked_to_stop = totals.tolist()
+    done = len(training.curve) + 1
+    return Figures(
+        done, loss, logits_kl, hidden_loss, learning_rate, float(norm), num_positions, asked_to_stop=bool(asked_to_stop)
     )
-    started = time.monotonic()
-    trainer = ray.train.torch.TorchTrainer(
-        train_worker,
-        train_loop_config={"recipe": recipe.model_dump(mode="json"), "run_folder": str(run_folder)},
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=recipe.workers.num_workers,
-            use_gpu=recipe.workers.use_gpu,
-            resources_per_worker={"CPU": recipe.workers.cpus_per_worker},
-        ),
-        run_config=ray.train.RunConfig(name="train", storage_path=str(run_folder.absolute() / "ray")),
-    )
-    result = trainer.fit()
-    assert result.checkpoint is not None, "the last step reports a checkpoint"
-    _write_provenance(recipe, run_folder, spec, time.monotonic() - started)
-    _keep_final(result.checkpoint, final)
-    shutil.rmtree(run_folder / "ray")
-    (run_folder / "rows.npy").unlink()
-    return final
 
 
-def train_worker(settings: dict[str, Any]) -> None:
-    """What each Ray Train worker runs; the first one reports and saves."""
-    recipe = Recipe.model_validate(settings["recipe"])
-    run_folder = Path(settings["run_folder"])
-    context = ray.train.get_context()
-    model = build_student(recipe)
-    step = ray.train.torch.prepare_model(
-        DistillStep(model, recipe.training.temperature, recipe.training.hidden_loss_weight)
-    )
-    rows = np.load(run_folder / "rows.npy", mmap_mode="r")
-    rank = context.get_world_rank()
-    train(step, rows, recipe, rank, context.get_world_size(), _build_log(run_folder) if rank == 0 else _ignore)
-    if rank != 0:
-        ray.train.report({})
-        return
-    with tempfile.TemporaryDirectory(dir=run_folder) as folder:
-        save_student(model, Path(folder), recipe.teacher)
-        ray.train.report({}, checkpoint=ray.train.Checkpoint.from_directory(folder))
+def _run_pass(training: Training, numbers: npt.NDArray[np.int64], num_positions: int) -> Tensor:
+    """Forward and backward of some rows; their part of the three losses."""
+    device = training.trained[0].device
+    batch = build_batch(training.rows, numbers, device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=training.bfloat16):
+        losses = training.step(batch, num_positions=num_positions)
+    # Sharded gradients are averaged over the workers, where the batch's gradient is their sum.
+    (losses["loss"] * training.place.world_size).backward()
+    parts = [losses[name].detach() for name in ("loss", "logits_kl", "hidden_loss")]
+    return torch.stack(parts).to("cpu", torch.float64)
 
 
-def build_student(recipe: Recipe) -> SwiftKVForCausalLM:
-    """The recipe's teacher with an untrained student in it, frozen but for the student's projections."""
-    cut = recipe.cut
-    model = convert_teacher(recipe.teacher, cut.num_key_value_layers, cut.key_value_group_size)
-    freeze_teacher(model)
-    return model
-
-
-def train(step: torch.nn.Module, rows: Rows, recipe: Recipe, rank: int, world_size: int, on_log: OnLog) -> None:
-    """Take all optimizer steps of the recipe on this worker's share of each step's rows."""
-    settings = recipe.training
-    trained = [parameter for parameter in step.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda done: compute_learning_rate_factor(done, settings.steps, settings.warmup_frac)
-    )
-    window = _LogWindow(settings.steps, settings.rows_per_step * rows.shape[1], settings.log_every_steps)
-    for done in range(settings.steps):
-        chosen = choose_rows(done, settings.rows_per_step, len(rows), settings.seed)[rank::world_size]
-        input_ids_BT = torch.from_numpy(rows[chosen].astype(np.int64)).to(trained[0].device)
-        losses = _take_step(step, input_ids_BT, optimizer, trained, recipe)
-        progress = window.add(done + 1, losses, float(schedule.get_last_lr()[0]))
-        schedule.step()
-        if progress is not None:
-            on_log(progress)
-
-
-def _take_step(
-    step: torch.nn.Module,
-    input_ids_BT: torch.Tensor,
-    optimizer: torch.optim.Optimizer,
-    trained: list[torch.nn.Parameter],
-    recipe: Recipe,
-) -> dict[str, float]:
-    bfloat16 = uses_bfloat16(recipe.training.precision, step)
-    with torch.autocast(input_ids_BT.device.type, torch.bfloat16, enabled=bfloat16):
-        # Rows are full, so every worker has as many positions, and the mean of their gradients is the batch's.
-        losses = step(Batch(input_ids_BT), num_positions=input_ids_BT.numel())
-    optimizer.zero_grad(set_to_none=True)
-    losses["loss"].backward()
-    torch.nn.utils.clip_grad_norm_(trained, recipe.training.max_gradient_norm)
-    optimizer.step()
-    return {name: float(loss.detach()) for name, loss in losses.items()}
+def build_batch(rows: PackedRows, numbers: npt.NDArray[np.int64], device: torch.device) -> Batch:
+    """Rows by number; -1 is a row without loss, which only fills up."""
+    block = rows.read(numbers)
+    packs_documents = bool((block.position_ids != np.arange(block.position_ids.shape[1])).any())
+    position_ids_BT = torch.from_numpy(block.position_ids.astype(np.int64)) if packs_documents else None
+    input_ids_BT = torch.from_numpy(block.input_ids.astype(np.int64))
+    return Batch.from_mask(input_ids_BT, torch.from_numpy(block.predicts), position_ids_BT).to(device)
 
 
 def uses_bfloat16(precision: str, step: torch.nn.Module) -> bool:
@@ -151,80 +175,18 @@ def uses_bfloat16(precision: str, step: torch.nn.Module) -> bool:
     return bool(processor.get("avx512_bf16") or processor.get("amx_bf16"))
 
 
-class _LogWindow:
-    """Means of the losses since the last line of progress."""
-
-    def __init__(self, steps: int, tokens_per_step: int, log_every_steps: int) -> None:
-        self._steps, self._tokens_per_step, self._every = steps, tokens_per_step, log_every_steps
-        self._losses: list[dict[str, float]] = []
-        self._since = time.monotonic()
-
-    def add(self, step: int, losses: dict[str, float], learning_rate: float) -> Progress | None:
-        """The progress at this step if it is time for a line."""
-        self._losses.append(losses)
-        if step % self._every and step != self._steps:
-            return None
-        count, now = len(self._losses), time.monotonic()
-        means = {name: sum(entry[name] for entry in self._losses) / count for name in losses}
-        tokens_per_s = count * self._tokens_per_step / (now - self._since)
-        self._losses, self._since = [], now
-        return Progress(step, self._steps, **means, learning_rate=learning_rate, tokens_per_s=tokens_per_s)
+def _agree(wish: bool, place: Place) -> bool:
+    """Whether all workers wish it: processors may differ."""
+    if place.world_size == 1:
+        return wish
+    wishes = torch.tensor(int(wish))
+    dist.all_reduce(wishes, dist.ReduceOp.MIN)
+    return bool(wishes)
 
 
-def _build_log(run_folder: Path) -> OnLog:
-    """Progress to the job's log, to progress.jsonl and to the metrics."""
-    run = run_folder.name
-    file = (run_folder / "progress.jsonl").open("w", encoding="utf-8", buffering=1)
-
-    def log(progress: Progress) -> None:
-        print(progress.format_line(), flush=True)
-        file.write(json.dumps(vars(progress)) + "\n")
-        record("swiftkv_distill_step", progress.step, run=run)
-        for part in ("loss", "logits_kl", "hidden_loss"):
-            record("swiftkv_distill_loss_nats", getattr(progress, part), run=run, part=part)
-        record("swiftkv_distill_tokens_per_second", progress.tokens_per_s, run=run)
-
-    return log
-
-
-def _ignore(_: Progress) -> None:
-    """Workers other than the first say nothing."""
-
-
-def _make_absolute(recipe: Recipe) -> Recipe:
-    """Workers may start in another folder than the job."""
-    data = recipe.data.model_copy(update={"train": [file.absolute() for file in recipe.data.train]})
-    return recipe.model_copy(update={"teacher": recipe.teacher.absolute(), "data": data})
-
-
-def _prepare_rows(recipe: Recipe, path: Path) -> Rows:
-    tokenizer = load_tokenizer(recipe.teacher)
-    rows = build_rows(tokenizer, recipe.data.train, recipe.data.text_column, recipe.data.row_tokens)
-    np.save(path, rows)
-    return rows
-
-
-def _keep_final(checkpoint: ray.train.Checkpoint, final: Path) -> None:
-    """Copy beside the target first: `final` exists only when it is whole."""
-    partial = final.with_name("final.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    checkpoint.to_directory(str(partial))
-    partial.rename(final)
-
-
-def _write_provenance(recipe: Recipe, run_folder: Path, spec: SwiftKVSpec, seconds: float) -> None:
-    lines = (run_folder / "progress.jsonl").read_text(encoding="utf-8").splitlines()
-    first, last = json.loads(lines[0]), json.loads(lines[-1])
-    provenance = {
-        "teacher": {"folder": str(recipe.teacher.absolute())},
-        "recipe": recipe.model_dump(mode="json"),
-        "training": {
-            "steps": last["steps"],
-            "seconds": round(seconds, 1),
-            "first_loss": first["loss"],
-            "last_loss": last["loss"],
-            "tokens_per_s": last["tokens_per_s"],
-            "trained_parameters": spec.count_trained_parameters(),
-        },
-    }
-    (run_folder / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
+def _set_learning_rate(training: Training) -> float:
+    settings = training.settings
+    factor = compute_learning_rate_factor(len(training.curve), settings.steps, settings.warmup_frac)
+    for group in training.optimizer.param_groups:
+        group["lr"] = settings.learning_rate * factor
+    return settings.learning_rate * factor

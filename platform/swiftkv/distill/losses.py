@@ -2,7 +2,7 @@
 
 Computed from hidden states, a tile of positions at a time, so that the logits of a large vocabulary never exist whole.
 The LM head is frozen.
-Called by: distill/step.py, bench/distill.py.
+Called by: distill/step.py, distill/loop.py (learning rate), distill/profiling.py.
 
 Shapes: N positions that count, P positions of a tile, D hidden, V vocabulary.
 """
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from swiftkv.errors import ShapeError
+from swiftkv.model.precision import find_product_dtype
 
 TILE_LOGITS = 2**23
 """Logits of a tile, of student and of teacher each: 32 MiB in float32. Seven such buffers exist at once."""
@@ -32,10 +33,8 @@ def sum_logits_kl(student_ND: Tensor, teacher_ND: Tensor, lm_head_VD: Tensor, te
     Raises: ShapeError if the hidden states differ in shape.
     Source: Hinton et al. 2015, section 2 (the factor of the squared temperature).
     """
-    device = student_ND.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        # Once, not once per tile: autocast remembers only what it casts of weights that are trained.
-        lm_head_VD = lm_head_VD.to(torch.get_autocast_dtype(device))
+    # Once, not once per tile: autocast remembers only what it casts of weights that are trained.
+    lm_head_VD = lm_head_VD.to(find_product_dtype(lm_head_VD))
 
     def compute(student_PD: Tensor, teacher_PD: Tensor) -> Tensor:
         return compute_logits_kl(F.linear(student_PD, lm_head_VD), F.linear(teacher_PD, lm_head_VD), temperature)

@@ -1,20 +1,18 @@
-"""The progress of a run as lines of text that people read and the command line turns into a bar.
+"""The progress of a run as lines of text that people read and the command line turns into a live view.
 
-Called by: distill/loop.py (writes), cli/distill.py (reads job logs).
+Called by: distill/records.py (writes), cli/follow.py (reads job logs).
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
-_LINE = re.compile(
-    r"distill step=(?P<step>\d+)/(?P<steps>\d+) loss=(?P<loss>\S+) logits_kl=(?P<logits_kl>\S+) "
-    r"hidden_loss=(?P<hidden_loss>\S+) learning_rate=(?P<learning_rate>\S+) tokens_per_s=(?P<tokens_per_s>\S+)"
-)
+_LINE = re.compile(r"distill step=(\d+)/(\d+) ((?:\w+=\S+ ?)+)")
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run is. Losses are means over the steps since the last line."""
+    """Where a run is. Losses and the gradient's norm are means over the steps since the last line."""
 
     step: int
     steps: int
@@ -22,15 +20,18 @@ class Progress:
     logits_kl: float
     hidden_loss: float
     learning_rate: float
+    gradient_norm: float
     tokens_per_s: float
+    """Of all workers: every position of their rows."""
+    memory_gib: float
+    """Of the first worker: the most that was in use on its GPU, or what the process holds on a CPU."""
+    remaining_s: float
 
     def format_line(self) -> str:
         """One line of the job's log."""
-        return (
-            f"distill step={self.step}/{self.steps} loss={self.loss:.6g} logits_kl={self.logits_kl:.6g} "
-            f"hidden_loss={self.hidden_loss:.6g} learning_rate={self.learning_rate:.3g} "
-            f"tokens_per_s={self.tokens_per_s:.4g}"
-        )
+        values = {name: value for name, value in asdict(self).items() if name not in ("step", "steps")}
+        figures = " ".join(f"{name}={value:.6g}" for name, value in values.items())
+        return f"distill step={self.step}/{self.steps} {figures}"
 
 
 def parse_progress(line: str) -> Progress | None:
@@ -38,7 +39,9 @@ def parse_progress(line: str) -> Progress | None:
     match = _LINE.search(line)
     if match is None:
         return None
-    values = match.groupdict()
-    losses = {key: float(values[key]) for key in ("loss", "logits_kl", "hidden_loss")}
-    rates = {key: float(values[key]) for key in ("learning_rate", "tokens_per_s")}
-    return Progress(int(values["step"]), int(values["steps"]), **losses, **rates)
+    figures = dict(word.split("=", 1) for word in match[3].split())
+    names = [field.name for field in fields(Progress)][2:]
+    if set(figures) != set(names):
+        return None
+    values: dict[str, Any] = {name: float(figures[name]) for name in names}
+    return Progress(int(match[1]), int(match[2]), **values)

@@ -22,15 +22,50 @@ class CutSettings(StrictModel):
     """Neighbouring later layers that share one KV cache; 1 shares nothing."""
 
 
+class SourceSettings(StrictModel):
+    """Documents of one kind: a data set of the Hugging Face hub, or files."""
+
+    name: str | None = None
+    """Data set on the hub, such as HuggingFaceH4/ultrachat_200k; give this or `files`."""
+    subset: str | None = None
+    """The hub data set's configuration, where it has several."""
+    split: str = "train"
+    """The hub data set's split; slices such as train[:1%] work."""
+    files: list[Path] = Field(default=[])
+    """JSON lines, Parquet, or plain text (one document per file), by the end of their names. Relative paths start
+    where the job starts."""
+    format: Literal["text", "chat", "pair"] = "text"
+    """text: documents, with loss everywhere. chat: messages, through the tokenizer's chat template. pair: a prompt and
+    its response, one directly after the other. Of chat and pair the answers carry the loss."""
+    text_column: str = "text"
+    """Of the format text."""
+    messages_column: str = "messages"
+    """Of the format chat: a list of messages, each with `role` and `content` (or `from` and `value`)."""
+    prompt_column: str = "prompt"
+    """Of the format pair."""
+    response_column: str = "response"
+    """Of the format pair."""
+    max_documents: int | None = Field(default=None, ge=1)
+    """The first so many documents; None takes all."""
+
+    @model_validator(mode="after")
+    def _choose_one(self) -> "SourceSettings":
+        if (self.name is None) == (not self.files):
+            raise ValueError("give `name` (a data set of the hub) or `files`, and not both")
+        return self
+
+
 class DataSettings(StrictModel):
     """The text to distill on."""
 
-    train: list[Path] = Field(min_length=1)
-    """JSONL files. Relative paths start where the job starts."""
-    text_column: str = "text"
-    """Key of the text in each JSONL record."""
+    train: list[SourceSettings] = Field(min_length=1)
+    """Where documents come from; all of them, mixed."""
     row_tokens: int = Field(default=512, ge=16)
-    """Tokens per row. Documents are packed into rows one after the other, with the end token between them."""
+    """Tokens per row."""
+    packing: bool = True
+    """Several documents per row, none of which sees another; False puts one in each row and fills up."""
+    loss_on: Literal["answers", "all"] = "answers"
+    """Of the formats chat and pair: the answers alone, or every position."""
 
 
 class TrainingSettings(StrictModel):
@@ -40,6 +75,14 @@ class TrainingSettings(StrictModel):
     """Optimizer steps."""
     rows_per_step: int = Field(default=8, ge=1)
     """Rows per optimizer step over all workers."""
+    rows_per_pass: int | None = Field(default=None, ge=1)
+    """Rows of one forward and backward pass of a worker, whose gradients are summed over the passes of a step; None
+    takes all rows of the worker at once."""
+    teacher_rows: int | None = Field(default=None, ge=1)
+    """Rows of a pass that first half and teacher, which take no gradient, run at a time, to save memory; None runs
+    all."""
+    activation_checkpointing: bool = False
+    """Compute the student's later layers again in the backward pass instead of keeping their activations."""
     learning_rate: float = Field(default=2e-4, gt=0)
     """Peak of the schedule: linear warm-up, then linear decay to zero. The default is the published recipes'."""
     warmup_frac: float = Field(default=0.05, ge=0, le=1)
@@ -57,38 +100,65 @@ class TrainingSettings(StrictModel):
     """Of the order of rows."""
     log_every_steps: int = Field(default=5, ge=1)
     """Steps between two lines of progress."""
+    spike_factor: float | None = Field(default=10.0, gt=1)
+    """A loss of more than so many times the mean of the last 20 steps stops the run, as a loss that is not a number
+    always does; None never."""
+
+
+class CheckpointSettings(StrictModel):
+    """What a run that was interrupted goes on from."""
+
+    every_steps: int = Field(default=100, ge=1)
+    """Optimizer steps between two checkpoints: the most that is lost, but for the step and the upload that go on
+    beside a checkpoint."""
+    keep: int = Field(default=2, ge=1)
+    """How many of the last checkpoints stay."""
+    storage: str | None = None
+    """Folder or bucket (s3://..., gs://...) that every node can reach and only trusted people can write to; None takes
+    the run's folder."""
 
 
 class WorkerSettings(StrictModel):
     """What the Ray cluster must give."""
 
     num_workers: int = Field(default=2, ge=1)
-    """Ray Train workers; rows_per_step is divided over them."""
+    """Ray Train workers, over which the weights and each step's rows are divided."""
+    min_workers: int | None = Field(default=None, ge=1)
+    """A run that lost a node goes on with as few as these; None waits until num_workers are there again."""
     cpus_per_worker: float = Field(default=1, gt=0)
     """CPU cores of each worker."""
     use_gpu: bool = False
     """One GPU per worker."""
+    max_failures: int = Field(default=3, ge=-1)
+    """Times that the run starts again from its last checkpoint after a worker died; -1 does not count."""
+
+    @model_validator(mode="after")
+    def _order(self) -> "WorkerSettings":
+        if self.min_workers is not None and self.min_workers > self.num_workers:
+            raise ValueError(f"min_workers is {self.min_workers}, more than num_workers ({self.num_workers})")
+        return self
+
+
+class ReportSettings(StrictModel):
+    """Where a run shows its figures, beside its folder, the terminal and Prometheus."""
+
+    tensorboard: bool = True
+    """Event files in the run's folder."""
+    wandb_project: str | None = None
+    """Project of Weights & Biases; None sends nothing. Needs `pip install wandb` and its login."""
 
 
 class Recipe(StrictModel):
     """Everything that defines a run; saved beside its result."""
 
     teacher: Path
-    """Hugging Face folder of the teacher."""
+    """Hugging Face folder of the teacher, or its name on the hub, such as meta-llama/Llama-3.1-8B-Instruct."""
     cut: CutSettings = CutSettings()
     data: DataSettings
     training: TrainingSettings
+    checkpoints: CheckpointSettings = CheckpointSettings()
     workers: WorkerSettings = WorkerSettings()
-
-    @model_validator(mode="after")
-    def _divide_rows(self) -> "Recipe":
-        rows, workers = self.training.rows_per_step, self.workers.num_workers
-        if rows % workers:
-            raise ValueError(
-                f"workers.num_workers is {workers}, which does not divide training.rows_per_step ({rows}): "
-                "change one of them"
-            )
-        return self
+    report: ReportSettings = ReportSettings()
 
 
 def load_recipe(path: Path, overrides: dict[str, str] | None = None) -> Recipe:

@@ -2,7 +2,7 @@
 
 The student's later half runs only where a loss is taken: what it would compute elsewhere changes nothing.
 A module, so that it can be wrapped for several workers. Does not read data or move the optimizer (loop.py).
-Called by: distill/loop.py, bench/distill.py.
+Called by: distill/worker.py (builds), distill/loop.py (runs), bench/.
 Calls: model/modeling.py, distill/losses.py.
 
 Shapes: B rows, T tokens, S positions chosen of each row, N positions that count.
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from swiftkv.distill.losses import sum_hidden_loss, sum_logits_kl
-from swiftkv.model.modeling import LaterStates, SwiftKVForCausalLM
+from swiftkv.model.modeling import Boundary, LaterStates, SwiftKVForCausalLM
 
 
 @dataclass
@@ -31,7 +31,7 @@ class Batch:
 
     @classmethod
     def from_mask(cls, input_ids_BT: Tensor, mask_BT: Tensor, position_ids_BT: Tensor | None = None) -> "Batch":
-        """Rows with a loss where the mask is True, on the device of the mask, which waits for it."""
+        """Rows with a loss where the mask is True, on the device of the mask."""
         counts_B = mask_BT.sum(1)
         longest = int(counts_B.max())
         if longest == mask_BT.shape[1] and bool(mask_BT.all()):
@@ -41,15 +41,38 @@ class Batch:
         fills_BS = torch.arange(positions_BS.shape[1], device=mask_BT.device) >= counts_B.unsqueeze(1)
         return cls(input_ids_BT, positions_BS, ~fills_BS if bool(fills_BS.any()) else None, position_ids_BT)
 
+    def to(self, device: torch.device) -> "Batch":
+        """The batch on another device."""
+        tensors = (self.input_ids_BT, self.positions_BS, self.counts_BS, self.position_ids_BT)
+        return Batch(*(None if tensor is None else tensor.to(device) for tensor in tensors))  # type: ignore[arg-type]
+
+    def split(self, rows: int | None) -> list["Batch"]:
+        """Batches of at most so many rows; None: this one."""
+        if rows is None or rows >= len(self.input_ids_BT):
+            return [self]
+        tensors = (self.input_ids_BT, self.positions_BS, self.counts_BS, self.position_ids_BT)
+        return [
+            Batch(*(None if tensor is None else tensor[first : first + rows] for tensor in tensors))  # type: ignore[arg-type]
+            for first in range(0, len(self.input_ids_BT), rows)
+        ]
+
 
 class DistillStep(nn.Module):
     """Computes the losses of a batch; gradients reach only what `freeze_teacher` left trainable."""
 
-    def __init__(self, model: SwiftKVForCausalLM, temperature: float, hidden_loss_weight: float) -> None:
+    def __init__(
+        self,
+        model: SwiftKVForCausalLM,
+        temperature: float,
+        hidden_loss_weight: float,
+        teacher_rows: int | None = None,
+    ) -> None:
+        """`teacher_rows`: rows that first half and teacher take at a time, to save memory; None: all of a batch."""
         super().__init__()
         self.model = model
         self.temperature = temperature
         self.hidden_loss_weight = hidden_loss_weight
+        self.teacher_rows = teacher_rows
 
     def forward(self, batch: Batch, num_positions: float) -> dict[str, Tensor]:
         """Losses of the batch's positions, each a sum over `num_positions`.
@@ -68,10 +91,15 @@ class DistillStep(nn.Module):
 
     def run_halves(self, batch: Batch) -> tuple[LaterStates, LaterStates]:
         """States of teacher and student at the batch's positions."""
-        decoder, positions_BS = self.model.model, batch.positions_BS
         with torch.no_grad():
-            boundary = decoder.compute_boundary(batch.input_ids_BT, position_ids=batch.position_ids_BT)
-            teacher = decoder.run_teacher_half(boundary)
-            if positions_BS is not None:
-                teacher = teacher.select(positions_BS)
-        return teacher, decoder.run_student_half(boundary, positions_BS)
+            frozen = [self._run_frozen(part) for part in batch.split(self.teacher_rows)]
+            boundary = Boundary.concatenate([boundary for boundary, _ in frozen])
+            teacher = LaterStates.concatenate([teacher for _, teacher in frozen])
+        return teacher, self.model.model.run_student_half(boundary, batch.positions_BS)
+
+    def _run_frozen(self, batch: Batch) -> tuple[Boundary, LaterStates]:
+        """What takes no gradient: the first half of both, and the teacher's later half."""
+        decoder = self.model.model
+        boundary = decoder.compute_boundary(batch.input_ids_BT, position_ids=batch.position_ids_BT)
+        teacher = decoder.run_teacher_half(boundary)
+        return boundary, teacher if batch.positions_BS is None else teacher.select(batch.positions_BS)

@@ -24,7 +24,7 @@ from swiftkv.model.modeling import MODEL_CLASSES, SwiftKVForCausalLM
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
-SIDE_FILES = (
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
@@ -33,10 +33,9 @@ SIDE_FILES = (
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
-    "generation_config.json",
-    "LICENSE",
-    "NOTICE",
 )
+"""All that a tokenizer, its chat template included, is made of."""
+SIDE_FILES = (*TOKENIZER_FILES, "generation_config.json", "LICENSE", "NOTICE")
 """Files beside the weights that a student takes over from its teacher."""
 
 

@@ -32,6 +32,8 @@ class Provenance(StrictModel):
     """The model it was distilled from: name or folder, revision, hashes."""
     recipe: dict[str, JsonValue] | None = None
     """The resolved recipe of the distillation; the manifest adds its SHA-256."""
+    data: dict[str, JsonValue] | None = None
+    """What it was trained on: fingerprint, settings and hashes of the sources, counts."""
     training: dict[str, JsonValue] | None = None
     """Figures of the training run: steps, tokens, final loss, seconds, workers."""
     evaluation: dict[str, JsonValue] | None = None
@@ -85,6 +87,7 @@ class Manifest(StrictModel):
     """The shape in config.json: sizes, layers, KV layers, group size."""
     teacher: dict[str, JsonValue] | None = None
     recipe: Recipe | None = None
+    data: dict[str, JsonValue] | None = None
     training: dict[str, JsonValue] | None = None
     evaluation: dict[str, JsonValue] | None = None
 

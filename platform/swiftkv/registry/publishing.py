@@ -50,6 +50,7 @@ class Draft:
             spec=self.spec,
             teacher=self.provenance.teacher,
             recipe=None if recipe is None else describe_recipe(recipe),
+            data=self.provenance.data,
             training=self.provenance.training,
             evaluation=self.provenance.evaluation,
         )

@@ -22,7 +22,15 @@ def small_8b(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("small_8b")
 def test_every_figure_is_there_and_shapes_count_as_real_tensors_do() -> None:
     results, figures = measure_distillation(PLAN, lambda _: None)
-    assert [result.row.name for result in results] == ["speedup", "speedup-answers-only", "memory"]
+    assert [result.row.name for result in results] == [
+        "speedup",
+        "speedup-answers-only",
+        "memory",
+        "packing",
+        "weak-scaling",
+    ]
+    assert figures["packed_used_frac"] > 2 * figures["padded_used_frac"] > 0
+    assert results[3].ratio.median > 1 and results[4].ratio.median > 0
     for key in ("speedup", "speedup_answers_only"):
         assert figures[key] > 0
         # Without memory, attention is counted as matrix products, whose backward recomputes nothing.

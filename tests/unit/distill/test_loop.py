@@ -8,13 +8,13 @@ import pytest
 import torch
 from fakes import write_teacher
 
-from swiftkv.distill.data import choose_rows
-from swiftkv.distill.inputs import check_inputs
-from swiftkv.distill.loop import build_student, train
+from swiftkv.distill.data import PackedRows, choose_rows
+from swiftkv.distill.loop import Ending, Figures, Training, train
 from swiftkv.distill.progress import Progress, parse_progress
 from swiftkv.distill.recipe import Recipe, load_recipe, parse_overrides, save_recipe
 from swiftkv.distill.step import DistillStep
-from swiftkv.errors import CheckpointError, ConfigError, DataError
+from swiftkv.distill.worker import build_step
+from swiftkv.errors import ConfigError
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "distill_loss.json"
 
@@ -25,7 +25,7 @@ def recipe(tmp_path: Path) -> Recipe:
         {
             "teacher": str(write_teacher(tmp_path / "teacher")),
             "cut": {"num_key_value_layers": 2, "key_value_group_size": 2},
-            "data": {"train": ["unused.jsonl"], "row_tokens": 32},
+            "data": {"train": [{"files": ["unused.jsonl"]}], "row_tokens": 32},
             "training": {
                 "steps": 20,
                 "rows_per_step": 4,
@@ -38,12 +38,35 @@ def recipe(tmp_path: Path) -> Recipe:
     )
 
 
-def run(recipe: Recipe) -> list[Progress]:
-    rows = np.random.default_rng(0).integers(0, 256, (24, recipe.data.row_tokens), dtype=np.int32)
-    step = DistillStep(build_student(recipe), recipe.training.temperature, recipe.training.hidden_loss_weight)
-    curve: list[Progress] = []
-    train(step, rows, recipe, rank=0, world_size=1, on_log=curve.append)
-    return curve
+class Notes:
+    """Surroundings that keep what they are told."""
+
+    def __init__(self) -> None:
+        self.figures: list[Figures] = []
+
+    def log(self, figures: Figures) -> None:
+        self.figures.append(figures)
+
+    def save(self, curve: torch.Tensor) -> None:
+        """Nothing goes on from here."""
+
+    def hand_over(self) -> None:
+        """Nothing was saved."""
+
+    def wants_to_stop(self) -> bool:
+        return False
+
+
+def run(recipe: Recipe, step: DistillStep | None = None) -> list[Figures]:
+    """Steps on rows of one document each, with a loss everywhere."""
+    input_ids = np.random.default_rng(0).integers(0, 256, (24, recipe.data.row_tokens), dtype=np.int32)
+    everywhere = np.ones(input_ids.shape, dtype=np.bool_)
+    position_ids = np.broadcast_to(np.arange(input_ids.shape[1], dtype=np.int32), input_ids.shape)
+    rows = PackedRows(input_ids, position_ids, everywhere, everywhere.sum(1), used_frac=1.0)
+    notes = Notes()
+    ending = train(Training(step or build_step(recipe), recipe, rows), 100, notes)
+    assert ending == Ending("finished", recipe.training.steps)
+    return notes.figures
 
 
 def test_twenty_steps_follow_the_golden_curve(recipe: Recipe) -> None:
@@ -62,10 +85,9 @@ def test_twenty_steps_follow_the_golden_curve(recipe: Recipe) -> None:
 
 def test_the_teacher_is_untouched_by_training(recipe: Recipe) -> None:
     torch.manual_seed(0)
-    step = DistillStep(build_student(recipe), 2.0, 1.0)
+    step = build_step(recipe)
     before = {name: tensor.clone() for name, tensor in step.state_dict().items()}
-    rows = np.random.default_rng(0).integers(0, 256, (24, 32), dtype=np.int32)
-    train(step, rows, recipe, rank=0, world_size=1, on_log=lambda _: None)
+    run(recipe, step)
     changed = {name for name, tensor in step.state_dict().items() if not torch.equal(tensor, before[name])}
     assert changed == {name for name in before if "swiftkv" in name}
 
@@ -82,7 +104,7 @@ def test_rows_of_a_step_do_not_depend_on_the_number_of_workers_and_an_epoch_has_
 
 
 def test_a_line_of_progress_is_read_back_behind_rays_prefix() -> None:
-    progress = Progress(5, 20, 1.25, 1.0, 0.25, 2e-4, 1234.0)
+    progress = Progress(5, 20, 1.25, 1.0, 0.25, 2e-4, 0.75, 1234.0, 1.5, 61.0)
     assert parse_progress(f"(TrainWorker pid=1, ip=127.0.0.1) {progress.format_line()}") == progress
     assert parse_progress("distill something else") is None
 
@@ -99,7 +121,8 @@ def test_a_saved_recipe_is_the_recipe(recipe: Recipe, tmp_path: Path) -> None:
     [
         ("training.stepz", "3", r"training.stepz: unknown key. Allowed here: .*steps"),
         ("training.steps", "0", "training.steps: .*greater than or equal to 1.*given: 0"),
-        ("training.rows_per_step", "5", "num_workers is 2, which does not divide training.rows_per_step"),
+        ("workers.min_workers", "3", r"min_workers is 3, more than num_workers \(2\)"),
+        ("data.train", "[{format: chat}]", r"data.train.0: give `name` .* or `files`, and not both"),
         ("teacher.name", "x", "teacher is not a section"),
         ("cut.key_value_group_size", "two", "valid integer"),
     ],
@@ -123,33 +146,6 @@ def test_bfloat16_follows_the_curve_of_float32(recipe: Recipe) -> None:
     for measured, expected in zip(run(bfloat16), run(recipe), strict=True):
         assert measured.loss == pytest.approx(expected.loss, rel=0.05)
         assert measured.loss != expected.loss
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "message"),
-    [
-        ("cut.num_key_value_layers", "6", "all of the teacher's layers: nothing would be skipped"),
-        ("cut.num_key_value_layers", "9", "num_key_value_layers is 9, but the model has 6 layers"),
-        ("data.row_tokens", "4096", "the teacher's context is 2048 tokens"),
-        ("data.train", "[/no/such.jsonl]", "/no/such.jsonl: no such file"),
-        ("teacher", "/no/such/folder", "/no/such/folder: no such folder"),
-    ],
-)
-def test_inputs_are_looked_at_before_a_run(recipe: Recipe, tmp_path: Path, key: str, value: str, message: str) -> None:
-    (tmp_path / "text.jsonl").write_text("{}")
-    save_recipe(recipe, tmp_path / "recipe.yaml")
-    overrides = {"cut.key_value_group_size": "1", "data.train": f"[{tmp_path / 'text.jsonl'}]"}
-    check_inputs(load_recipe(tmp_path / "recipe.yaml", overrides))
-    with pytest.raises((ConfigError, CheckpointError, DataError), match=message):
-        check_inputs(load_recipe(tmp_path / "recipe.yaml", overrides | {key: value}))
-
-
-def test_a_tokenizer_without_an_end_token_is_refused(recipe: Recipe, tmp_path: Path) -> None:
-    path = recipe.teacher / "tokenizer_config.json"
-    settings = json.loads(path.read_text())
-    path.write_text(json.dumps({key: value for key, value in settings.items() if key != "eos_token"}))
-    with pytest.raises(DataError, match="its tokenizer has no end token"):
-        check_inputs(recipe)
 
 
 def test_yaml_that_is_none_is_a_config_error(tmp_path: Path) -> None:

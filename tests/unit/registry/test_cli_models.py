@@ -91,7 +91,11 @@ def test_a_family_that_is_not_in_the_table_is_refused(swiftkv, make_checkpoint):
     ("name", "content", "message"),
     [
         ("p.json", "{", "not valid JSON"),
-        ("p.json", '{"teachers": {}}', "teachers: unknown key. Allowed here: evaluation, recipe, teacher, training"),
+        (
+            "p.json",
+            '{"teachers": {}}',
+            "teachers: unknown key. Allowed here: data, evaluation, recipe, teacher, training",
+        ),
         ("p.yaml", "teacher: 3", "teacher"),
     ],
 )

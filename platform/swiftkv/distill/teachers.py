@@ -1,0 +1,156 @@
+"""A teacher that is a folder here or a model of the Hugging Face hub: its cut without weights, or its folder.
+
+Does not convert or load weights (model/).
+Called by: cli/distill.py, cli/delta.py, distill/run.py.
+Calls: huggingface_hub; model/convert.py for folders.
+"""
+
+import json
+import logging
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from swiftkv.distill.recipe import Recipe
+from swiftkv.errors import CheckpointError
+from swiftkv.families import find_teacher_family
+from swiftkv.spec import SwiftKVSpec
+
+_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+_WANTED_FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer*", "merges.txt", "LICENSE*", "NOTICE*")
+_UNWANTED_FILES = ("consolidated*", "original/*")
+"""The same weights once more, in a form of the maker's own."""
+
+
+def _describe_shape(
+    model_type: str, layers: int, hidden: int, intermediate: int, heads: int, kv_heads: int, vocab: int, context: int
+) -> dict[str, Any]:
+    return {
+        "model_type": model_type,
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": 128,
+        "vocab_size": vocab,
+        "max_position_embeddings": context,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+    }
+
+
+KNOWN_TEACHERS: Mapping[str, dict[str, Any]] = {
+    "meta-llama/Llama-3.1-8B-Instruct": _describe_shape("llama", 32, 4096, 14336, 32, 8, 128256, 131072),
+    "meta-llama/Llama-3.3-70B-Instruct": _describe_shape("llama", 80, 8192, 28672, 64, 8, 128256, 131072),
+    "Qwen/Qwen2.5-7B-Instruct": _describe_shape("qwen2", 28, 3584, 18944, 28, 4, 152064, 32768),
+    "Qwen/Qwen3-8B": _describe_shape("qwen3", 36, 4096, 12288, 32, 8, 151936, 40960),
+    "mistralai/Mistral-7B-Instruct-v0.3": _describe_shape("mistral", 32, 4096, 14336, 32, 8, 32768, 32768),
+}
+"""What the config.json of the shipped recipes' teachers says of their shapes: for estimates without a network."""
+
+
+def load_teacher_spec(recipe: Recipe, config: Mapping[str, Any] | None = None) -> SwiftKVSpec:
+    """What the recipe makes of its teacher, from the config.json of a folder or of the hub; loads no weights.
+
+    `config`: what `load_teacher_config` gave, if it was asked before.
+    Raises: CheckpointError for a teacher that is not found, or of no known family; ConfigError for a cut that does
+    not fit it.
+    """
+    cut = recipe.cut
+    if recipe.teacher.is_dir():
+        from swiftkv.model.convert import resolve_cut
+
+        return resolve_cut(recipe.teacher, cut.num_key_value_layers, cut.key_value_group_size)
+    config = load_teacher_config(recipe.teacher) if config is None else config
+    find_teacher_family(config.get("model_type"))
+    kept = cut.num_key_value_layers or -(-int(config.get("num_hidden_layers") or 0) // 2)
+    chosen = {"num_key_value_layers": kept, "key_value_group_size": cut.key_value_group_size}
+    return SwiftKVSpec.from_hf_config({**config, **chosen})
+
+
+def load_teacher_config(teacher: Path) -> dict[str, Any]:
+    """The teacher's config.json: from its folder, the hub's cache, the hub, or the table of known teachers.
+
+    The table, of the shipped recipes' teachers, works without a network; that it was used is logged as a warning.
+    Raises: CheckpointError if it is nowhere.
+    """
+    if teacher.is_dir():
+        return _read_json(teacher / "config.json")
+    try:
+        return _download_config(teacher, None)
+    except CheckpointError:
+        known = KNOWN_TEACHERS.get(teacher.as_posix())
+        if known is None:
+            raise
+        told = "%s: the hub gave no config.json; the shape is taken from a table of known teachers."
+        logging.getLogger(__name__).warning(told, teacher)
+        return dict(known)
+
+
+def count_weight_bytes(config: Mapping[str, Any]) -> int:
+    """Bytes of one weight of a teacher with this config.json: 4 for float32, otherwise 2."""
+    return 4 if (config.get("dtype") or config.get("torch_dtype") or "float32") == "float32" else 2
+
+
+def resolve_teacher(teacher: Path, revision: str | None = None) -> Path:
+    """The teacher's folder here; one of the hub is downloaded first (safetensors, JSON and tokenizer files).
+
+    Raises: CheckpointError if it is neither a folder nor a model of the hub, if the hub cannot be reached or refuses,
+    or if it is of no known family, which is found before its weights are downloaded.
+    """
+    if teacher.is_dir():
+        return teacher
+    find_teacher_family(_download_config(teacher, revision).get("model_type"))
+    from huggingface_hub import snapshot_download
+
+    def download() -> str:
+        return snapshot_download(
+            teacher.as_posix(),
+            revision=revision,
+            allow_patterns=list(_WANTED_FILES),
+            ignore_patterns=list(_UNWANTED_FILES),
+        )
+
+    return Path(_ask_hub(teacher, download))
+
+
+def _download_config(teacher: Path, revision: str | None) -> dict[str, Any]:
+    from huggingface_hub import hf_hub_download
+
+    return _read_json(
+        Path(_ask_hub(teacher, lambda: hf_hub_download(teacher.as_posix(), "config.json", revision=revision)))
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}). Restore the teacher's files.") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: expected a JSON object. Restore the teacher's files.")
+    return values
+
+
+def _ask_hub(teacher: Path, download: Callable[[], str]) -> str:
+    """What the download gives, its errors in words of what to do."""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    if not _HUB_NAME.fullmatch(teacher.as_posix()):
+        raise CheckpointError(
+            f"{teacher}: no such folder. Give a Hugging Face model folder, or a model of the hub as OWNER/NAME."
+        )
+    try:
+        return download()
+    except GatedRepoError:
+        problem = "its owner grants access on request. Ask for it on the model's page, then log in with `hf auth login`"
+    except RepositoryNotFoundError:
+        problem = "the hub has no model of this name, or not for everyone. Check it, or log in with `hf auth login`"
+    except RevisionNotFoundError:
+        problem = "the hub's model has no such revision. Check it"
+    except OSError as error:
+        reason = str(error).strip().split("\n")[0]
+        problem = f"the hub gave nothing ({reason.rstrip('.')}). Check the network, or give a folder that is here"
+    raise CheckpointError(f"{teacher}: no such folder, and {problem}.")
