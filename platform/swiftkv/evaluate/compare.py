@@ -2,10 +2,10 @@
 
 Through the Hugging Face model, with the first half computed once for both. Does not decide whether a version
 is good enough.
-Called by: cli/evaluate.py.
+Called by: cli/evaluate.py, evaluate/tasks.py.
 Calls: model/modeling.py.
 
-Shapes: B rows, T tokens, V vocabulary.
+Shapes: B rows, T tokens, S scored positions, D hidden, V vocabulary.
 """
 
 import math
@@ -25,7 +25,7 @@ _BATCH_LOGITS_BYTES = 2**28
 
 @dataclass(frozen=True)
 class Comparison:
-    """Student against teacher, averaged over all positions that predict a token of the rows."""
+    """Student against teacher, averaged over the positions that were scored."""
 
     positions: int
     teacher_perplexity: float
@@ -36,38 +36,51 @@ class Comparison:
     """KL(teacher || student) per position."""
 
 
+def compute_batch_tokens(vocab_size: int) -> int:
+    """Tokens of a batch whose logits, of which a handful of copies exist at once, are at most 256 MiB each."""
+    return _BATCH_LOGITS_BYTES // (4 * vocab_size)
+
+
 def split_batches(rows: Rows, vocab_size: int) -> list[Rows]:
-    """The rows in batches whose logits, of which a handful of copies exist at once, are at most 256 MiB each."""
-    rows_per_batch = max(1, _BATCH_LOGITS_BYTES // (4 * rows.shape[1] * vocab_size))
+    """The rows in batches of at most `compute_batch_tokens`, or of one row."""
+    rows_per_batch = max(1, compute_batch_tokens(vocab_size) // rows.shape[1])
     return [rows[first : first + rows_per_batch] for first in range(0, len(rows), rows_per_batch)]
 
 
-@torch.no_grad()
 def compare_with_teacher(model: SwiftKVForCausalLM, batches: Iterable[Rows]) -> Comparison:
-    """Score teacher and student on the rows; there must be at least one.
+    """Score teacher and student on every position that predicts a token of the rows; there must be at least one.
 
+    Raises: CheckpointError if the checkpoint was stored without its teacher.
+    """
+    ids = (torch.from_numpy(rows.astype(np.int64)) for rows in batches)
+    return compare_at_positions(model, ((ids_BT, torch.ones_like(ids_BT, dtype=torch.bool)) for ids_BT in ids))
+
+
+@torch.no_grad()
+def compare_at_positions(model: SwiftKVForCausalLM, batches: Iterable[tuple[Tensor, Tensor]]) -> Comparison:
+    """Score teacher and student where `predicts` is True; there must be at least one such position.
+
+    Shapes: a batch is input_ids [B, T] and predicts [B, T] bool; that of the last position is not looked at.
     Raises: CheckpointError if the checkpoint was stored without its teacher.
     """
     model.eval()
     sums, positions = np.zeros(4), 0
-    for rows in batches:
-        input_ids_BT = torch.from_numpy(rows.astype(np.int64))
-        boundary = model.model.compute_boundary(input_ids_BT)
-        teacher_BTV = _compute_log_probabilities(model, model.model.run_teacher_half(boundary).last_BTD)
-        student_BTV = _compute_log_probabilities(model, model.model.run_student_half(boundary).last_BTD)
-        sums += _sum_scores(teacher_BTV, student_BTV, input_ids_BT[:, 1:])
-        positions += input_ids_BT[:, 1:].numel()
+    for ids_BT, predicts_BT in batches:
+        scored_BT = predicts_BT[:, :-1]
+        boundary = model.model.compute_boundary(ids_BT)
+        teacher_SV, student_SV = (
+            F.log_softmax(model.lm_head(states.last_BTD[:, :-1][scored_BT]).float(), dim=-1)
+            for states in (model.model.run_teacher_half(boundary), model.model.run_student_half(boundary))
+        )
+        sums += _sum_scores(teacher_SV, student_SV, ids_BT[:, 1:][scored_BT])
+        positions += int(scored_BT.sum())
     teacher_nll, student_nll, agreement, kl = (float(value) / positions for value in sums)
     return Comparison(positions, math.exp(teacher_nll), math.exp(student_nll), agreement, kl)
 
 
-def _compute_log_probabilities(model: SwiftKVForCausalLM, last_BTD: Tensor) -> Tensor:
-    return F.log_softmax(model.lm_head(last_BTD[:, :-1]).float(), dim=-1)
-
-
-def _sum_scores(teacher_BTV: Tensor, student_BTV: Tensor, targets_BT: Tensor) -> np.ndarray:
-    teacher_nll = F.nll_loss(teacher_BTV.flatten(0, 1), targets_BT.flatten(), reduction="sum")
-    student_nll = F.nll_loss(student_BTV.flatten(0, 1), targets_BT.flatten(), reduction="sum")
-    agreement = (teacher_BTV.argmax(-1) == student_BTV.argmax(-1)).sum()
-    kl = F.kl_div(student_BTV, teacher_BTV, reduction="sum", log_target=True)
+def _sum_scores(teacher_SV: Tensor, student_SV: Tensor, targets_S: Tensor) -> np.ndarray:
+    teacher_nll = F.nll_loss(teacher_SV, targets_S, reduction="sum")
+    student_nll = F.nll_loss(student_SV, targets_S, reduction="sum")
+    agreement = (teacher_SV.argmax(-1) == student_SV.argmax(-1)).sum()
+    kl = F.kl_div(student_SV, teacher_SV, reduction="sum", log_target=True)
     return np.array([float(teacher_nll), float(student_nll), float(agreement), float(kl)])
