@@ -25,7 +25,8 @@ from swiftkv.distill.packing import pack_examples
 from swiftkv.distill.step import Batch, DistillStep
 from swiftkv.distill.tokenise import Example
 from swiftkv.errors import EngineError
-from swiftkv.model.modeling import LaterStates, SwiftKVForCausalLM
+from swiftkv.model.modeling import SwiftKVForCausalLM
+from swiftkv.model.states import LaterStates
 from swiftkv.spec import ModelShape
 
 ROWS = (

@@ -21,7 +21,8 @@ from torch import Tensor
 from swiftkv.distill.losses import TILE_LOGITS, compute_logits_kl
 from swiftkv.errors import ConfigError
 from swiftkv.model.convert import convert_teacher, initialise_student, resolve_cut
-from swiftkv.model.modeling import Boundary, SwiftKVForCausalLM
+from swiftkv.model.modeling import SwiftKVForCausalLM
+from swiftkv.model.states import Boundary
 from swiftkv.spec import SwiftKVSpec
 from swiftkv.text import Rows
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from swiftkv.distill.losses import sum_hidden_loss, sum_logits_kl
-from swiftkv.model.modeling import Boundary, LaterStates, SwiftKVForCausalLM
+from swiftkv.model.modeling import SwiftKVForCausalLM
+from swiftkv.model.states import Boundary, LaterStates
 
 
 @dataclass

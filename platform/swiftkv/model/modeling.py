@@ -6,232 +6,31 @@ teacher's own (`run_teacher_half`) or as the student's (`run_student_half`), who
 boundary hidden state and whose queries have projections of their own. Everything else is shared.
 Does not train (distill/), convert or store (convert.py, checkpoint.py).
 Called by: distill/step.py, evaluate/compare.py; loaded by checkpoint.py and convert.py.
-Calls: families.py, and transformers' module of each family.
+Calls: states.py, later_layer.py, families.py, and transformers' module of each family.
 Source: SwiftKV (arXiv 2410.03960) section 3; tensor names as in Snowflake's published checkpoints.
 
 Shapes: B rows, T tokens, S selected positions, D hidden, N query heads, K KV heads, H head size, V vocabulary.
 """
 
 import importlib
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import eager_attention_forward, rotate_half
 
 from swiftkv.errors import CheckpointError
 from swiftkv.families import FAMILIES, Family
 from swiftkv.hf_config import CONFIG_CLASSES
-from swiftkv.model.precision import find_product_dtype
+from swiftkv.model.later_layer import LaterLayer
+from swiftkv.model.states import Boundary, LaterStates
 from swiftkv.spec import SwiftKVSpec
 
 _IGNORED_BY_GENERATE = ("return_dict", "cache_position")
 """What `generate` passes along and asks nothing by."""
-
-
-@dataclass
-class Boundary:
-    """What the first half hands to the later half, the same for teacher and student."""
-
-    hidden_BTD: Tensor
-    """Residual stream entering layer `num_key_value_layers`."""
-    position_embeddings: tuple[Tensor, Tensor]
-    """Rotary cosines and sines of these positions, each [B or 1, T, H]."""
-    causal_mask: Tensor | None
-    """Mask in the form of the attention implementation in use; None means plain causal."""
-    past_key_values: Cache | None = None
-    folded_mask: Tensor | None = None
-    """Of selected positions, added to scores; rows for every query head that shares a KV head: [B, 1, N/K * S, T]."""
-
-    @classmethod
-    def concatenate(cls, parts: Sequence["Boundary"]) -> "Boundary":
-        """Rows that were run in several parts, which have no cache."""
-        if len(parts) == 1:
-            return parts[0]
-        cos, sin = (
-            torch.cat([part.position_embeddings[i].expand(len(part.hidden_BTD), -1, -1) for part in parts])
-            for i in range(2)
-        )
-        masks = None
-        if any(part.causal_mask is not None for part in parts):
-            masks = torch.cat([part._expand_mask() for part in parts])
-        return cls(torch.cat([part.hidden_BTD for part in parts]), (cos, sin), masks)
-
-    def select(self, positions_BS: Tensor, heads_per_kv_head: int) -> "Boundary":
-        """Some positions of each row, as queries that look back at all. Shapes: [B, S] -> S in place of T.
-
-        For masks as sdpa and eager attention have them.
-        """
-        rows_B1 = torch.arange(len(positions_BS), device=positions_BS.device).unsqueeze(1)
-        cos, sin = (part.expand(len(positions_BS), -1, -1)[rows_B1, positions_BS] for part in self.position_embeddings)
-        # Once for all layers: what attention would make of a mask of booleans in each of them, and keep.
-        seen_B1ST = self._select_mask(positions_BS).repeat(1, 1, heads_per_kv_head, 1)
-        dtype = find_product_dtype(self.hidden_BTD)
-        folded = torch.zeros(seen_B1ST.shape, dtype=dtype, device=positions_BS.device)
-        folded.masked_fill_(~seen_B1ST, float("-inf"))
-        return Boundary(self.hidden_BTD[rows_B1, positions_BS], (cos, sin), None, self.past_key_values, folded)
-
-    def _select_mask(self, positions_BS: Tensor) -> Tensor:
-        """What the positions see. Shapes: [B, S] -> [B, 1, S, T] bool."""
-        if self.causal_mask is None:
-            keys_T = torch.arange(self.hidden_BTD.shape[1], device=positions_BS.device)
-            return (keys_T <= positions_BS.unsqueeze(-1)).unsqueeze(1)
-        rows_B1 = torch.arange(len(positions_BS), device=positions_BS.device).unsqueeze(1)
-        mask_B1ST = self._expand_mask()[:, 0][rows_B1, positions_BS].unsqueeze(1)
-        return mask_B1ST if mask_B1ST.dtype == torch.bool else mask_B1ST >= 0
-
-    def _expand_mask(self) -> Tensor:
-        """The mask written out. Shapes: [B, 1, T, T]."""
-        rows, num_tokens = self.hidden_BTD.shape[:2]
-        mask = self.causal_mask
-        if mask is None:
-            mask = torch.ones(1, 1, num_tokens, num_tokens, dtype=torch.bool, device=self.hidden_BTD.device).tril()
-        return mask.expand(rows, -1, -1, -1)
-
-
-@dataclass
-class LaterStates:
-    """Hidden states out of the later half."""
-
-    last_BTD: Tensor
-    """After the final norm: what the LM head reads."""
-    penultimate_BTD: Tensor
-    """Residual stream after the second-to-last layer, which the hidden loss compares."""
-
-    @classmethod
-    def concatenate(cls, parts: Sequence["LaterStates"]) -> "LaterStates":
-        """Rows that were run in several parts."""
-        return cls(torch.cat([part.last_BTD for part in parts]), torch.cat([part.penultimate_BTD for part in parts]))
-
-    def select(self, positions_BS: Tensor) -> "LaterStates":
-        """Some positions of each row. Shapes: [B, S] -> S in place of T."""
-        index = positions_BS.unsqueeze(-1)
-        return LaterStates(self.last_BTD.take_along_dim(index, 1), self.penultimate_BTD.take_along_dim(index, 1))
-
-
-class LaterLayer(nn.Module):
-    """What a later layer is beside the family's decoder layer, whose `forward` is the teacher's: the student's.
-
-    The families' classes (`_build_later_layer_class`) are made of this and of transformers' decoder layer.
-    """
-
-    self_attn: Any
-    mlp: nn.Module
-    input_layernorm: nn.Module
-    post_attention_layernorm: nn.Module
-    norms_heads: bool
-    checkpoints_activations = False
-    """Whether the student's activations are computed again in the backward pass instead of kept."""
-
-    def run_student(
-        self,
-        hidden_BSD: Tensor,
-        source_BTD: Tensor | None,
-        key: Tensor,
-        value: Tensor,
-        boundary: Boundary,
-        queried: Boundary,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The layer's output, and the keys and values that it read.
-
-        `source_BTD`: the normed boundary state, of which the first layer of a group makes keys and values; None reads
-        those that are given.
-        Shapes: hidden [B, S, D] of the positions in `queried` -> [B, S, D], 2 x [B, K, T, H].
-        """
-        if self.checkpoints_activations and torch.is_grad_enabled():
-            # Inside of this method, so that sharded weights are gathered before the activations are computed again.
-            result: tuple[Tensor, Tensor, Tensor] = checkpoint(
-                self._compute_student, hidden_BSD, source_BTD, key, value, boundary, queried, use_reentrant=False
-            )
-            return result
-        return self._compute_student(hidden_BSD, source_BTD, key, value, boundary, queried)
-
-    def _compute_student(
-        self,
-        hidden_BSD: Tensor,
-        source_BTD: Tensor | None,
-        key: Tensor,
-        value: Tensor,
-        boundary: Boundary,
-        queried: Boundary,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        if source_BTD is not None:
-            key, value = self._project_key_value(source_BTD, boundary)
-        hidden_BSD = hidden_BSD + self._attend(self.input_layernorm(hidden_BSD), key, value, queried)
-        return hidden_BSD + self.mlp(self.post_attention_layernorm(hidden_BSD)), key, value
-
-    def _project_key_value(self, normed_BTD: Tensor, boundary: Boundary) -> tuple[Tensor, Tensor]:
-        """The group's keys (rotated) and values, past ones included. Shapes: [B, T, D] -> 2 x [B, K, T, H]."""
-        leader = self.self_attn
-        key, value = (
-            projection(normed_BTD).unflatten(-1, (-1, leader.head_dim))
-            for projection in (leader.k_proj_swiftkv, leader.v_proj_swiftkv)
-        )
-        if self.norms_heads:
-            key = leader.k_norm(key)
-        key, value = key.transpose(1, 2), value.transpose(1, 2)
-        key = _rotate(key, boundary)
-        if boundary.past_key_values is not None:
-            key, value = boundary.past_key_values.update(key, value, leader.layer_idx)
-        return key, value
-
-    def _attend(self, hidden_BSD: Tensor, key: Tensor, value: Tensor, queried: Boundary) -> Tensor:
-        """Attention output of own queries over the group's keys and values. Shapes: [B, S, D] -> [B, S, D]."""
-        attention = self.self_attn
-        query = attention.q_proj_swiftkv(hidden_BSD).unflatten(-1, (-1, attention.head_dim))
-        if self.norms_heads:
-            query = attention.q_norm(query)
-        query = query.transpose(1, 2)
-        query = _rotate(query, queried)
-        if queried.folded_mask is not None:
-            attended = _attend_folded(query, key, value, queried.folded_mask, attention.scaling)
-        else:
-            attended = self._attend_everywhere(query, key, value, queried)
-        output: Tensor = attention.o_proj(attended.reshape(*hidden_BSD.shape[:-1], -1))
-        return output
-
-    def _attend_everywhere(self, query: Tensor, key: Tensor, value: Tensor, boundary: Boundary) -> Tensor:
-        """With transformers' own attention. Shapes: [B, N, T, H], 2 x [B, K, T, H] -> [B, T, N, H]."""
-        attention = self.self_attn
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager_attention_forward)
-        attended, _ = attend(
-            attention,
-            query,
-            key,
-            value,
-            boundary.causal_mask,
-            dropout=0.0,
-            scaling=attention.scaling,
-            sliding_window=FAMILIES[attention.config.model_type].find_sliding_window(attention.config),
-        )
-        everywhere: Tensor = attended
-        return everywhere
-
-
-def _rotate(heads: Tensor, boundary: Boundary) -> Tensor:
-    """Queries or keys turned to their positions, as transformers turns both. Shapes: [B, N or K, T, H]."""
-    cos, sin = (part.unsqueeze(1) for part in boundary.position_embeddings)
-    return heads * cos + rotate_half(heads) * sin
-
-
-def _attend_folded(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float) -> Tensor:
-    """Attention with query heads that share a KV head as rows of one head, so that nothing is repeated for them.
-
-    Shapes: [B, N, S, H], 2 x [B, K, T, H] -> [B, S, N, H].
-    """
-    num_rows, kv_heads, _, head_size = key.shape
-    folded = query.reshape(num_rows, kv_heads, -1, head_size)
-    attended = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
-    return attended.reshape(query.shape).transpose(1, 2)
 
 
 class SwiftKVModel(nn.Module):

@@ -1,6 +1,6 @@
 """Which dtype matrix products are computed in right now. Sets nothing.
 
-Called by: model/modeling.py, distill/losses.py.
+Called by: model/states.py, distill/losses.py.
 """
 
 import torch

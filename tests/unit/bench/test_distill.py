@@ -7,7 +7,7 @@ from swiftkv.bench import distill
 from swiftkv.bench.distill import DistillPlan, DistillStep, measure_distillation
 from swiftkv.distill.step import Batch
 from swiftkv.errors import EngineError
-from swiftkv.model.modeling import LaterStates
+from swiftkv.model.states import LaterStates
 from swiftkv.spec import ModelShape
 
 SHAPE = ModelShape(64, 224, 8, 4, 2, 16, 96)
