@@ -31,6 +31,7 @@ from swiftkv.errors import ClusterError, SwiftKVError
 HERE = Path(__file__).parent
 CHECKOUT = HERE.parents[1]
 RECIPE = "jobs/recipes/quickstart-half-laptop.yaml"
+GATE = "jobs/gates/held-out.yaml"
 NAME = "quickstart"
 SWIFTKV = [sys.executable, "-m", "swiftkv.cli"]
 
@@ -74,6 +75,7 @@ def run(teacher: Path | None, report: Path) -> None:
     work = home() / "quickstart"
     corpus, run_folder = work / "corpus", work / "run"
     stages: dict[str, float] = {}
+    teacher_is_given = teacher is not None
     with MemoryWatch() as memory:
         with _stage("corpus and tokenizer", stages):
             _call([sys.executable, HERE / "corpus.py", "--output", corpus])
@@ -83,14 +85,19 @@ def run(teacher: Path | None, report: Path) -> None:
                 _call([sys.executable, HERE / "teacher.py", "--corpus", corpus, "--output", teacher])
         with _stage("distill", stages):
             shutil.rmtree(run_folder, ignore_errors=True)
-            data = f"data.train=[{{files: [{corpus / 'train.jsonl'}, {corpus / 'train_files.jsonl'}]}}]"
-            settings = ["--set", f"teacher={teacher}", "--set", data]
+            train = f"data.train=[{{files: [{corpus / 'train.jsonl'}, {corpus / 'train_files.jsonl'}]}}]"
+            settings = ["--set", f"teacher={teacher}", "--set", train]
             _call([*SWIFTKV, "distill", RECIPE, "--output", run_folder, *settings])
         final, provenance = run_folder / "final", run_folder / "provenance.json"
         with _stage("evaluate", stages):
-            _call([*SWIFTKV, "evaluate", final, "--data", corpus / "heldout.jsonl", "--provenance", provenance])
+            # 120 steps make a good student of the small teacher; what they make of another is for its owner to judge.
+            gate = [] if teacher_is_given else ["--gate", GATE]
+            data = ["--data", corpus / "heldout.jsonl"]
+            _call([*SWIFTKV, "evaluate", final, *data, *gate, "--provenance", provenance])
         with _stage("publish", stages):
-            _call([*SWIFTKV, "publish", final, "--name", NAME, "--alias", "production", "--provenance", provenance])
+            _call([*SWIFTKV, "publish", final, "--base", teacher, "--name", NAME, "--provenance", provenance])
+            force = ["--force", "a quickstart, with another teacher"] if teacher_is_given else []
+            _call([*SWIFTKV, "promote", NAME, "production", *force])
         prompts = _load_prompts(corpus / "prompts.jsonl", final)
         with _stage("serve and call", stages):
             answers = _serve_and_call(prompts[0])
@@ -99,6 +106,7 @@ def run(teacher: Path | None, report: Path) -> None:
     figures = {
         "stages_s": {name: round(seconds, 1) for name, seconds in stages.items()},
         "peak_memory_gib": round(memory.peak_bytes / 2**30, 2),
+        "version_bytes": _measure_version(),
         **json.loads(provenance.read_text(encoding="utf-8")),
         "speed": speed,
         "answers": answers,
@@ -107,6 +115,15 @@ def run(teacher: Path | None, report: Path) -> None:
         json.dumps(figures).replace(f"{CHECKOUT}/", "")
     )  # a report says nothing of its machine's paths
     write_report(portable, run_folder / "curve.jsonl", report)
+
+
+def _measure_version() -> dict[str, float]:
+    """What the version costs beside its teacher, whose files all versions share."""
+    from swiftkv.registry.registry import Registry
+
+    manifest = Registry(home() / "registry").load_manifest(f"{NAME}@production")
+    own, whole = manifest.own_bytes, manifest.total_bytes
+    return {"own": own, "whole": whole, "own_frac": round(own / whole, 4)}
 
 
 def _check_teacher(folder: Path) -> None:

@@ -36,9 +36,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "spec": {"errors"},
     "families": {"errors", "spec"},
     "model": {"families", "hf_config"},
-    "distill": {"model", "registry", "text", "families"},
+    "distill": {"model", "registry", "text", "families", "hub"},
     "evaluate": {"model", "engine", "registry", "text"},
-    "registry": {"spec"},
+    "registry": {"spec", "hub"},
     "engine": {"families", "hf_config"},
     "serving": {"engine", "registry", "cluster"},
     "capacity": {"serving.policy"},
@@ -49,6 +49,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     # Rooms of one file that several of the above share.
     "hf_config": {"families"},
     "text": set(),
+    "hub": set(),
     "cluster": {"config", "errors"},
     "jobs": set(),
 }

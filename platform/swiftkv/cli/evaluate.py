@@ -1,34 +1,100 @@
-"""`swiftkv evaluate`: a student against its teacher on held-out text.
+"""`swiftkv evaluate`: a student against its teacher on held-out text, and at a gate.
 
-Called by: cli/main.py. Calls: evaluate/compare.py.
+Called by: cli/main.py. Calls: evaluate/compare.py, evaluate/gates.py, registry/registry.py.
 """
 
 import json
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from swiftkv.cli.registry import Store, build_table, open_registry, print_table, show_progress
+from swiftkv.config import load_yaml
 from swiftkv.errors import ConfigError
 
 if TYPE_CHECKING:
     from swiftkv.evaluate.compare import Comparison
+    from swiftkv.registry.evaluations import GateResult
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """What is evaluated, and where its figures are kept."""
+
+    folder: Path
+    keep: "Callable[[dict[str, Any], GateResult | None], str]"
+    """Returns where they are now."""
 
 
 def evaluate(
-    folder: Annotated[Path, typer.Argument(help="Folder of a SwiftKV checkpoint.", show_default=False)],
+    model: Annotated[
+        str, typer.Argument(metavar="FOLDER|NAME[@VERSION]", help="A SwiftKV checkpoint.", show_default=False)
+    ],
     data: Annotated[list[Path], typer.Option(help="Held-out JSONL; may be given again.", show_default=False)],
     text_column: Annotated[str, typer.Option(help="Key of the text in each record.")] = "text",
     row_tokens: Annotated[int, typer.Option(help="Tokens per row.", min=2)] = 512,
     max_rows: Annotated[int, typer.Option(help="Rows scored at the most.", min=1)] = 64,
-    provenance: Annotated[
-        Path | None, typer.Option(help="The run's provenance.json, to which the figures are added.")
+    gate: Annotated[
+        Path | None,
+        typer.Option(help="YAML of limits, such as jobs/gates/held-out.yaml; exit status 1 if one is missed."),
     ] = None,
+    provenance: Annotated[
+        Path | None, typer.Option(help="Of a folder: the run's provenance.json, to which the figures are added.")
+    ] = None,
+    store: Store = None,
 ) -> None:
-    """Perplexity, agreement and KL of a student against its teacher, before and after distillation."""
-    if provenance is not None and not provenance.is_file():
-        raise ConfigError(f"{provenance}: no such file. Give the provenance.json of the run's folder, or none.")
+    """Perplexity, agreement and KL of a student against its teacher, before and after distillation; a gate's verdict.
+
+    The figures of a published version are kept beside it, and `swiftkv promote` asks for the gate's verdict.
+    """
+    from swiftkv.evaluate.gates import Gate
+
+    limits = None if gate is None else load_yaml(gate, Gate)
+    subject = _find_subject(model, provenance, store)
+    figures = _compare_held_out(subject.folder, data, text_column, row_tokens, max_rows)
+    verdict = None if limits is None else limits.judge(figures)
+    if verdict is not None:
+        _print_verdict(verdict)
+    typer.echo(subject.keep(figures, verdict))
+    if verdict is not None and not verdict.passed:
+        raise typer.Exit(1)
+
+
+def _find_subject(model: str, provenance: Path | None, store: str | None) -> _Subject:
+    folder = Path(model).expanduser()
+    if folder.is_dir() or "/" in model:
+        if provenance is not None and not provenance.is_file():
+            raise ConfigError(f"{provenance}: no such file. Give the provenance.json of the run's folder, or none.")
+        return _Subject(folder, lambda figures, verdict: _keep_in_file(provenance, figures, verdict))
+    if provenance is not None:
+        raise ConfigError("--provenance is of a folder; the figures of a published version are kept beside it.")
+    registry = open_registry(store)
+    with show_progress(f"verifying {model}") as on_progress:
+        fetched = registry.fetch(model, on_progress)
+    reference = f"{fetched.name}@{fetched.version}"
+
+    def keep(figures: dict[str, Any], verdict: "GateResult | None") -> str:
+        registry.add_evaluation(reference, figures, verdict)
+        return f"kept beside {reference} in {registry.location}"
+
+    return _Subject(fetched.path, keep)
+
+
+def _keep_in_file(provenance: Path | None, figures: dict[str, Any], verdict: "GateResult | None") -> str:
+    if provenance is None:
+        return "kept nowhere: give --provenance to publish the figures with the model"
+    content = json.loads(provenance.read_text(encoding="utf-8"))
+    content["evaluation"] = figures | ({} if verdict is None else {"gate": verdict.model_dump(mode="json")})
+    provenance.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return f"kept in {provenance}"
+
+
+def _compare_held_out(
+    folder: Path, data: list[Path], text_column: str, row_tokens: int, max_rows: int
+) -> dict[str, Any]:
     from swiftkv.model.checkpoint import load_student, load_tokenizer
     from swiftkv.model.convert import initialise_student
     from swiftkv.text import build_rows, choose_evenly
@@ -39,10 +105,15 @@ def evaluate(
     initialise_student(student)
     before = _compare(student, rows, "before distillation")
     _print_table(before, after)
-    if provenance is not None:
-        content = json.loads(provenance.read_text(encoding="utf-8"))
-        content["evaluation"] = summarise(before, after)
-        provenance.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return summarise(before, after)
+
+
+def _print_verdict(verdict: "GateResult") -> None:
+    table = build_table(f"gate {verdict.gate}: {'passed' if verdict.passed else 'NOT PASSED'}", "found", "")
+    for limit in verdict.limits:
+        found = "not measured" if limit.found is None else f"{limit.found:.4g}"
+        table.add_row(limit.limit, found, "passed" if limit.passed else "MISSED")
+    print_table(table)
 
 
 def summarise(before: "Comparison", after: "Comparison") -> dict[str, Any]:

@@ -12,8 +12,9 @@ from swiftkv.cli.cluster import down
 from swiftkv.cli.delta import delta_app, export_snowflake
 from swiftkv.cli.distill import distill
 from swiftkv.cli.evaluate import evaluate
-from swiftkv.cli.models import models_app, publish
+from swiftkv.cli.models import models_app
 from swiftkv.cli.profiling import profile
+from swiftkv.cli.publish import promote, publish, rollback
 from swiftkv.cli.serve import serve
 from swiftkv.config import keep_caches_at_home
 from swiftkv.errors import SwiftKVError
@@ -24,7 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for command in (profile, distill, evaluate, publish, serve, down, export_snowflake):
+for command in (profile, distill, evaluate, publish, promote, rollback, serve, down, export_snowflake):
     app.command()(command)
 app.add_typer(delta_app, name="delta")
 app.add_typer(models_app, name="models")

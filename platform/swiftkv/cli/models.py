@@ -1,72 +1,39 @@
-"""`swiftkv publish` and `swiftkv models list | show | verify`: the registry on the terminal.
+"""`swiftkv models list | show | diff | verify | pull | gc`: the registry on the terminal.
 
 Holds no rules of the registry. Errors rise; cli/main.py turns them into a message and an exit status.
 Called by: cli/main.py. Calls: registry/registry.py.
 """
 
-import json
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from swiftkv.config import home, load_yaml, parse_settings
-from swiftkv.errors import ConfigError
+from swiftkv.cli.registry import (
+    Reference,
+    Store,
+    build_table,
+    describe_bytes,
+    describe_size,
+    open_registry,
+    print_table,
+    show_progress,
+)
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
-    from swiftkv.registry.files import OnProgress
-    from swiftkv.registry.manifest import Manifest, Provenance
-    from swiftkv.registry.registry import Registry
+    from swiftkv.registry.evaluations import EvaluationRecord, GateResult
+    from swiftkv.registry.manifest import Base, Manifest
 
 _LONGEST_LIST = 8
 
-Store = Annotated[
-    str | None,
-    typer.Option(help="Registry: a folder, or a bucket (s3://…, gs://…, az://…).  [default: the home's registry]"),
-]
-Reference = Annotated[str, typer.Argument(metavar="NAME[@VERSION|@ALIAS]", show_default=False)]
-
 models_app = typer.Typer(help="Look into the registry.", no_args_is_help=True)
-
-
-def publish(
-    folder: Annotated[Path, typer.Argument(help="Folder of a SwiftKV checkpoint.", show_default=False)],
-    name: Annotated[str, typer.Option(help="Model name in the registry.", show_default=False)],
-    version: Annotated[str | None, typer.Option(help="Version; the next whole number if not given.")] = None,
-    alias: Annotated[str | None, typer.Option(help="Alias to move to the version, such as production.")] = None,
-    provenance: Annotated[
-        Path | None,
-        typer.Option(help="YAML or JSON with any of: teacher, recipe, data, training, evaluation."),
-    ] = None,
-    store: Store = None,
-) -> None:
-    """Publish a checkpoint folder as a version that never changes."""
-    from swiftkv.families import FAMILIES
-
-    registry = _open_registry(store)
-    origin = None if provenance is None else _load_provenance(provenance)
-    with _progress_bar(f"publishing {name}") as on_progress:
-        manifest = registry.publish(
-            folder,
-            name,
-            version=version,
-            provenance=origin,
-            alias=alias,
-            on_progress=on_progress,
-            allowed_model_types=FAMILIES.keys(),
-        )
-    moved = f", alias {alias}" if alias else ""
-    typer.echo(f"published {manifest.name}@{manifest.version} {_describe_size(manifest)}{moved} in {registry.location}")
 
 
 @models_app.command("list")
 def list_models(store: Store = None) -> None:
     """Every version in the registry, with its size, aliases and age."""
-    registry = _open_registry(store)
+    registry = open_registry(store)
     rows = []
     for name in registry.list_models():
         aliases = registry.list_aliases(name)
@@ -74,85 +41,114 @@ def list_models(store: Store = None) -> None:
             manifest = registry.load_manifest(f"{name}@{version}")
             own = ", ".join(alias for alias, target in aliases.items() if target == version)
             when = f"{manifest.published_at:%Y-%m-%d %H:%M}"
-            rows.append((f"{name}@{version}", own, _describe_size(manifest), when, manifest.publisher))
+            rows.append((f"{name}@{version}", own, describe_size(manifest), when, manifest.publisher))
     if not rows:
         typer.echo(f"No models in {registry.location}. Publish one: swiftkv publish FOLDER --name NAME")
         return
-    table = _build_table("version", "aliases", "size", "published (UTC)", "by")
+    table = build_table("version", "aliases", "size", "published (UTC)", "by")
     for row in rows:
         table.add_row(*row)
-    _print(table)
+    print_table(table)
 
 
 @models_app.command("show")
 def show_model(reference: Reference, store: Store = None) -> None:
     """Where a version came from and how good it is."""
-    registry = _open_registry(store)
+    registry = open_registry(store)
     manifest = registry.load_manifest(reference)
     aliases = registry.list_aliases(manifest.name)
     own = ", ".join(alias for alias, version in aliases.items() if version == manifest.version)
-    table = _build_table(f"{manifest.name}@{manifest.version}", "")
-    for title, values in _list_sections(manifest, own):
+    table = build_table(f"{manifest.name}@{manifest.version}", "")
+    records = registry.list_evaluations(f"{manifest.name}@{manifest.version}")
+    for title, values in _list_sections(manifest, own, records):
         table.add_section()
         table.add_row(f"[bold]{title}[/bold]", "" if values else "not recorded")
         for key, value in _flatten(values):
             table.add_row(_escape(f"  {key}"), _escape(_describe_value(value)))
-    _print(table)
+    print_table(table)
 
 
 @models_app.command("verify")
 def verify_model(reference: Reference, store: Store = None) -> None:
     """Read every byte of a version and compare it with its manifest."""
-    registry = _open_registry(store)
-    with _progress_bar(f"verifying {reference}") as on_progress:
+    registry = open_registry(store)
+    with show_progress(f"verifying {reference}") as on_progress:
         manifest = registry.verify(reference, on_progress)
-    typer.echo(f"verified {manifest.name}@{manifest.version} {_describe_size(manifest)}, digest {manifest.digest}")
+    typer.echo(f"verified {manifest.name}@{manifest.version} {describe_size(manifest)}, digest {manifest.digest}")
 
 
-def _open_registry(store: str | None) -> "Registry":
-    # obstore and the manifest's models load here, so that `swiftkv --help` need not wait for them.
-    from swiftkv.registry.registry import Registry
-
-    return Registry(home() / "registry" if store is None else store)
-
-
-def _load_provenance(path: Path) -> "Provenance":
-    from swiftkv.registry.manifest import Provenance
-
-    # YAML 1.1 reads JSON's 1e-05 as a string, so JSON has its own reader.
-    if path.suffix != ".json" or not path.is_file():
-        return load_yaml(path, Provenance)
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path}: not valid JSON: {error}.") from None
-    return parse_settings(values, Provenance, str(path))
+@models_app.command("pull")
+def pull_model(
+    reference: Reference,
+    folder: Annotated[Path, typer.Argument(help="Folder to write; it must not exist.", show_default=False)],
+    store: Store = None,
+) -> None:
+    """Write a version's files into a folder, every byte verified; a pull that was broken off goes on."""
+    with show_progress(f"pulling {reference}") as on_progress:
+        manifest = open_registry(store).pull(reference, folder, on_progress)
+    typer.echo(f"pulled {manifest.name}@{manifest.version} {describe_size(manifest)} into {folder}")
 
 
-@contextmanager
-def _progress_bar(title: str) -> "Iterator[OnProgress]":
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+@models_app.command("diff")
+def diff_models(
+    first: Annotated[str, typer.Argument(metavar="A", help="NAME[@VERSION|@ALIAS].", show_default=False)],
+    second: Annotated[str, typer.Argument(metavar="B", help="NAME[@VERSION|@ALIAS].", show_default=False)],
+    store: Store = None,
+) -> None:
+    """What differs between two versions, and how many bytes they share."""
+    registry = open_registry(store)
+    manifests = [registry.load_manifest(reference) for reference in (first, second)]
+    table = build_table("", *(f"{manifest.name}@{manifest.version}" for manifest in manifests))
+    sections = [
+        _list_sections(manifest, "", registry.list_evaluations(f"{manifest.name}@{manifest.version}"))
+        for manifest in manifests
+    ]
+    for (title, of_first), (_, of_second) in zip(*sections, strict=True):
+        flat = [{key: _describe_value(value) for key, value in _flatten(part)} for part in (of_first, of_second)]
+        keys = [key for key in flat[0] | flat[1] if flat[0].get(key) != flat[1].get(key)]
+        if keys:
+            table.add_section()
+            table.add_row(f"[bold]{title.split(',')[0]}[/bold]")
+        for key in keys:
+            table.add_row(*(_escape(text) for text in (f"  {key}", flat[0].get(key, "–"), flat[1].get(key, "–"))))
+    print_table(table)
+    blobs = [manifest.stored_blobs for manifest in manifests]
+    shared = sum(size for blob, size in blobs[0].items() if blob in blobs[1])
+    only = [describe_bytes(sum(own.values()) - shared) for own in blobs]
+    typer.echo(f"shared: {describe_bytes(shared)}; only in {first}: {only[0]}; only in {second}: {only[1]}")
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
-    with Progress(
-        *columns, TransferSpeedColumn(), TimeRemainingColumn(), console=Console(stderr=True), transient=True
-    ) as bar:
-        task = bar.add_task(title, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+@models_app.command("gc")
+def collect_models(
+    keep: Annotated[int, typer.Option(help="Newest versions of each model that stay.", min=1, show_default=False)],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
+    store: Store = None,
+) -> None:
+    """Remove old versions that no alias means or would roll back to, then bytes that no version needs."""
+    registry = open_registry(store)
+    with show_progress("removing") as on_progress:
+        collection = registry.collect(keep, dry_run, None if dry_run else on_progress)
+    for reference in collection.versions:
+        typer.echo(f"{'would remove' if dry_run else 'removed'} {reference}")
+    verb = "would free" if dry_run else "freed"
+    typer.echo(f"{verb} {describe_bytes(collection.blob_bytes)} in {collection.num_blobs:,} blobs")
 
 
-def _list_sections(manifest: "Manifest", aliases: str) -> list[tuple[str, dict[str, Any]]]:
+def _list_sections(
+    manifest: "Manifest", aliases: str, records: "list[EvaluationRecord]"
+) -> list[tuple[str, dict[str, Any]]]:
+    base = manifest.base
     version = {
         "published (UTC)": f"{manifest.published_at:%Y-%m-%d %H:%M:%S}",
         "by": manifest.publisher,
         "code": manifest.code_version,
         "aliases": aliases or "none",
         "digest": manifest.digest,
+        **({} if base is None else {"base": _describe_base(base, manifest.own_bytes)}),
     }
     recipe = manifest.recipe
     files = {
-        entry.path: f"{_describe_bytes(entry.size_bytes)}, SHA-256 {entry.sha256[:16]}…" for entry in manifest.files
+        entry.path: f"{describe_bytes(entry.size_bytes)}, SHA-256 {entry.sha256[:16]}…" for entry in manifest.files
     }
     return [
         ("version", version),
@@ -161,9 +157,34 @@ def _list_sections(manifest: "Manifest", aliases: str) -> list[tuple[str, dict[s
         ("recipe", {} if recipe is None else {"(SHA-256)": recipe.sha256, **recipe.content}),
         ("data", manifest.data or {}),
         ("training", manifest.training or {}),
-        ("evaluation", manifest.evaluation or {}),
-        (f"files, {_describe_size(manifest)}", files),
+        ("evaluation", _describe_evaluations(manifest, records)),
+        (f"files, {describe_size(manifest)}", files),
     ]
+
+
+def _describe_base(base: "Base", own_bytes: int) -> str:
+    where = "its files are stored once for all versions" if base.stored else "its files are taken from there"
+    revision = "" if base.revision is None else f" at {base.revision}"
+    return f"{base.name}{revision}; {where}; own files: {describe_bytes(own_bytes)}"
+
+
+def _describe_evaluations(manifest: "Manifest", records: "list[EvaluationRecord]") -> dict[str, Any]:
+    """What was measured before publishing, and after it, newest last."""
+    values: dict[str, Any] = dict(manifest.evaluation or {})
+    for record in records:
+        when = f"{record.evaluated_at:%Y-%m-%d %H:%M:%S}"
+        gate = {} if record.gate is None else {"gate": _describe_gate(record.gate)}
+        values[when] = {"by": record.evaluated_by, **record.figures, **gate}
+    return values
+
+
+def _describe_gate(gate: "GateResult") -> dict[str, str]:
+    limits = {limit.limit: f"{_describe_value(limit.found)}, {_tell(limit.passed)}" for limit in gate.limits}
+    return {f"{gate.gate} ({gate.sha256[:8]})": _tell(gate.passed), **limits}
+
+
+def _tell(passed: bool) -> str:
+    return "passed" if passed else "NOT PASSED"
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -185,33 +206,7 @@ def _describe_value(value: Any) -> str:
     return "none" if value is None else str(value)
 
 
-def _describe_size(manifest: "Manifest") -> str:
-    return _describe_bytes(manifest.total_bytes)
-
-
-def _describe_bytes(num_bytes: int) -> str:
-    from rich.filesize import decimal
-
-    return decimal(num_bytes)
-
-
-def _build_table(*headers: str) -> "Table":
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for header in headers:
-        table.add_column(header, overflow="fold")
-    return table
-
-
 def _escape(text: str) -> str:
     from rich.markup import escape
 
     return escape(text)
-
-
-def _print(table: "Table") -> None:
-    from rich.console import Console
-
-    Console().print(table)

@@ -61,7 +61,22 @@ class CheckpointWriter:
 def build_state(step: nn.Module, optimizer: torch.optim.Optimizer, curve: Tensor) -> dict[str, Any]:
     """What a checkpoint holds. Shapes: curve [steps done, len(CURVE_COLUMNS)]."""
     model, optimizer_state = get_state_dict(step, optimizer, options=_OPTIONS)
-    return {"student": model, "optimizer": optimizer_state, "curve": curve, "steps_done": torch.tensor(len(curve))}
+    return {
+        "student": keep_trained(step, model),
+        "optimizer": optimizer_state,
+        "curve": curve,
+        "steps_done": torch.tensor(len(curve)),
+    }
+
+
+def keep_trained(step: nn.Module, tensors: dict[str, Any]) -> dict[str, Any]:
+    """Of a state dict, what is trained.
+
+    torch leaves out frozen parameters by the names of `named_parameters`, which has a tied LM head once, and a state
+    dict twice.
+    """
+    trained = {name for name, parameter in step.named_parameters() if parameter.requires_grad}
+    return {name: tensor for name, tensor in tensors.items() if name in trained}
 
 
 def load_checkpoint(step: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> Tensor:

@@ -2,25 +2,20 @@
 
 Does not convert or load weights (model/).
 Called by: cli/distill.py, cli/delta.py, distill/run.py.
-Calls: huggingface_hub; model/convert.py for folders.
+Calls: hub; model/convert.py for folders.
 """
 
 import json
 import logging
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from swiftkv.distill.recipe import Recipe
 from swiftkv.errors import CheckpointError
 from swiftkv.families import find_teacher_family
+from swiftkv.hub import download_config, find_model_folder
 from swiftkv.spec import SwiftKVSpec
-
-_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-_WANTED_FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer*", "merges.txt", "LICENSE*", "NOTICE*")
-_UNWANTED_FILES = ("consolidated*", "original/*")
-"""The same weights once more, in a form of the maker's own."""
 
 
 def _describe_shape(
@@ -79,7 +74,7 @@ def load_teacher_config(teacher: Path) -> dict[str, Any]:
     if teacher.is_dir():
         return _read_json(teacher / "config.json")
     try:
-        return _download_config(teacher, None)
+        return _read_json(download_config(teacher))
     except CheckpointError:
         known = KNOWN_TEACHERS.get(teacher.as_posix())
         if known is None:
@@ -100,28 +95,9 @@ def resolve_teacher(teacher: Path, revision: str | None = None) -> Path:
     Raises: CheckpointError if it is neither a folder nor a model of the hub, if the hub cannot be reached or refuses,
     or if it is of no known family, which is found before its weights are downloaded.
     """
-    if teacher.is_dir():
-        return teacher
-    find_teacher_family(_download_config(teacher, revision).get("model_type"))
-    from huggingface_hub import snapshot_download
-
-    def download() -> str:
-        return snapshot_download(
-            teacher.as_posix(),
-            revision=revision,
-            allow_patterns=list(_WANTED_FILES),
-            ignore_patterns=list(_UNWANTED_FILES),
-        )
-
-    return Path(_ask_hub(teacher, download))
-
-
-def _download_config(teacher: Path, revision: str | None) -> dict[str, Any]:
-    from huggingface_hub import hf_hub_download
-
-    return _read_json(
-        Path(_ask_hub(teacher, lambda: hf_hub_download(teacher.as_posix(), "config.json", revision=revision)))
-    )
+    if not teacher.is_dir():
+        find_teacher_family(_read_json(download_config(teacher, revision)).get("model_type"))
+    return find_model_folder(teacher, revision)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -132,25 +108,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: expected a JSON object. Restore the teacher's files.")
     return values
-
-
-def _ask_hub(teacher: Path, download: Callable[[], str]) -> str:
-    """What the download gives, its errors in words of what to do."""
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
-
-    if not _HUB_NAME.fullmatch(teacher.as_posix()):
-        raise CheckpointError(
-            f"{teacher}: no such folder. Give a Hugging Face model folder, or a model of the hub as OWNER/NAME."
-        )
-    try:
-        return download()
-    except GatedRepoError:
-        problem = "its owner grants access on request. Ask for it on the model's page, then log in with `hf auth login`"
-    except RepositoryNotFoundError:
-        problem = "the hub has no model of this name, or not for everyone. Check it, or log in with `hf auth login`"
-    except RevisionNotFoundError:
-        problem = "the hub's model has no such revision. Check it"
-    except OSError as error:
-        reason = str(error).strip().split("\n")[0]
-        problem = f"the hub gave nothing ({reason.rstrip('.')}). Check the network, or give a folder that is here"
-    raise CheckpointError(f"{teacher}: no such folder, and {problem}.")

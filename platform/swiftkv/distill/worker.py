@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from swiftkv.distill.checkpoints import CheckpointWriter, load_checkpoint
+from swiftkv.distill.checkpoints import CheckpointWriter, keep_trained, load_checkpoint
 from swiftkv.distill.data import PackedRows
 from swiftkv.distill.folder import DIVERGED_FILE, STOP_FILE, read_run_id
 from swiftkv.distill.loop import Ending, Figures, Place, Training, train
@@ -115,7 +115,7 @@ class _Worker:
 def _report_student(step: DistillStep, rank: int, curve: Tensor, scratch: Path) -> None:
     """The run's last checkpoint: the student whole, from the first worker."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-    tensors: dict[str, Any] = get_model_state_dict(step, options=options)
+    tensors = keep_trained(step, get_model_state_dict(step, options=options))
     metrics = {"step": len(curve)}
     if rank != 0:
         ray.train.report(metrics)

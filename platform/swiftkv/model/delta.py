@@ -94,30 +94,39 @@ def load_delta_record(folder: Path) -> DeltaRecord:
     return load_yaml(folder / RECORD_FILE, DeltaRecord)
 
 
-def restore_delta(folder: Path, base_folder: Path, target: Path) -> None:
+def restore_delta(folder: Path, base_folder: Path, target: Path, links: bool = False) -> dict[str, str]:
     """Write the whole checkpoint, with tensors bit-identical to those that the delta was made of.
 
-    The base's files become hard links where the disk allows it, and are copied elsewhere; nothing is loaded. The
-    teacher's own projections are always there, also if the delta was made of a checkpoint without them.
+    The base's files become hard links where the disk allows it, and are copied elsewhere; nothing is loaded. `links`
+    makes them symbolic links, as for a folder that is only published. The teacher's own projections are always there,
+    also if the delta was made of a checkpoint without them.
+    Returns: the files of the target that are the base's -> their names in the base.
     Raises: IntegrityError naming the file if the base is not the one that the delta was made with; CheckpointError if
     the target exists.
     """
     record = load_delta_record(folder)
     _check_base(record, base_folder)
     shards = [base_folder / name for name in sorted(record.base_sha256) if name.endswith(".safetensors")]
+    of_base: dict[str, str] = {}
     sizes: dict[str, int] = {}
     weight_map: dict[str, str] = {}
     with _write_beside(target) as partial:
         for number, source in enumerate([*shards, folder / TENSORS_FILE], start=1):
             # Renamed: a base of one file is called model.safetensors, which would be taken for the whole.
             name = f"model-{number:05d}-of-{len(shards) + 1:05d}.safetensors"
-            _link_or_copy(source, partial / name)
+            if links:
+                (partial / name).symlink_to(source.resolve())
+            else:
+                _link_or_copy(source, partial / name)
+            if source in shards:
+                of_base[name] = source.name
             found = _read_tensor_sizes(source)
             sizes |= found
             weight_map |= dict.fromkeys(found, name)
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(weight_map.items()))}
         _write_json(partial / _INDEX_FILE, index)
         _copy_side_files(folder, partial)
+    return of_base
 
 
 def export_snowflake(folder: Path, target: Path, dtype: torch.dtype | None = None) -> None:

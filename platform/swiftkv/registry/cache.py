@@ -1,55 +1,162 @@
-"""The node's copy of a version that lives in a bucket: download, verify, put in place in one step.
+"""The node's copies of versions, shared by all processes of the node, within a size.
 
-Evicts nothing. The folder is home()/cache/<name>/<digest>, so equal bytes have the same path on every node.
-Called by: registry/registry.py. Calls: files.py, storage.py.
+    cache/models/<digest>            a whole version; its path is the same on every node
+    cache/models/<digest>.partial    one that is being downloaded, or was when its process died: the next goes on
+    cache/models/<digest>.lock       held while downloading, so that one process does it and the others wait
+    cache/models/<digest>.used       held, shared, by whoever uses the copy; its time is that of the last use
+
+Locks are the kernel's: they end with their holder. Every call compares every byte with the manifest.
+Called by: registry/registry.py. Calls: registry/files.py.
 """
 
 import contextlib
+import fcntl
+import os
 import shutil
-import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from swiftkv.config import home
-from swiftkv.errors import IntegrityError, RegistryError
-from swiftkv.registry.files import OnProgress, check_files
+from swiftkv.errors import ConfigError, IntegrityError, RegistryError
+from swiftkv.registry.files import OnProgress, ReadPart, fill_folder, require_space
 from swiftkv.registry.manifest import Manifest
-from swiftkv.registry.storage import Storage
+
+LIMIT_VARIABLE = "SWIFTKV_CACHE_GB"
 
 
-def fetch_into_cache(storage: Storage, prefix: str, manifest: Manifest, on_progress: OnProgress | None) -> Path:
-    """Folder of the verified copy; a copy that is there is verified again, and replaced if it was damaged.
+@dataclass
+class CachedCopy:
+    """A verified copy, which is not evicted while this object lives."""
 
-    Raises: IntegrityError if the store's bytes differ from the manifest; nothing is then left in the cache.
+    path: Path
+    _use: BinaryIO
+
+    def release(self) -> None:
+        """Allow the copy to be evicted."""
+        self._use.close()
+
+
+def fetch_into_cache(manifest: Manifest, read_part: ReadPart, on_progress: OnProgress | None) -> CachedCopy:
+    """The verified copy; a copy that is there is verified again, and replaced if it was damaged.
+
+    Raises: IntegrityError if bytes differ from the manifest and no right ones can be had; RegistryError if the disk or
+    the cache's size does not allow it.
     """
-    path = home() / "cache" / manifest.name / manifest.digest
-    if _is_intact(path, manifest, on_progress):
-        return path
-    staging = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    path = home() / "cache" / "models" / manifest.digest
+    path.parent.mkdir(parents=True, exist_ok=True)
+    use = _take_use(path)
     try:
-        check_files(storage, prefix, manifest.files, on_progress, copy_to=staging)
-        _put_in_place(staging, path, manifest)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    return path
+        if not _is_intact(path, manifest, on_progress):
+            with _locked(path.with_suffix(".lock")):
+                # Who waited here finds the copy that the one before it made.
+                if not _is_intact(path, manifest, None):
+                    _download(path, manifest, read_part, on_progress)
+    except BaseException:
+        use.close()
+        raise
+    return CachedCopy(path, use)
 
 
 def _is_intact(path: Path, manifest: Manifest, on_progress: OnProgress | None) -> bool:
+    if not path.is_dir():
+        return False
     try:
-        check_files(Storage(path), "", manifest.files, on_progress)
-    except IntegrityError:
+        fill_folder(path, manifest, lambda *_: None, on_progress, replace=False)
+    except (IntegrityError, FileNotFoundError):
         return False
     return True
 
 
-def _put_in_place(staging: Path, path: Path, manifest: Manifest) -> None:
-    # A folder is renamed onto another only if that is empty, so a copy in use is never replaced by a race.
-    with contextlib.suppress(OSError):
-        staging.rename(path)
-        return
-    if _is_intact(path, manifest, None):
-        return  # another process put the same bytes there meanwhile
-    shutil.rmtree(path, ignore_errors=True)
+def _download(path: Path, manifest: Manifest, read_part: ReadPart, on_progress: OnProgress | None) -> None:
+    partial = path.with_suffix(".partial")
+    if path.exists():
+        # Damaged. It is moved away, not mended in place, because an engine may be reading it.
+        shutil.rmtree(partial, ignore_errors=True)
+        path.rename(partial)
+    partial.mkdir(exist_ok=True)
+    _make_room(path, manifest.total_bytes)
+    there = sum(file.stat().st_blocks * 512 for file in partial.rglob("*") if file.is_file())
+    require_space(path, manifest.total_bytes - there)
+    fill_folder(partial, manifest, read_part, on_progress)
+    partial.rename(path)
+
+
+def _make_room(path: Path, needed_bytes: int) -> None:
+    """Evict the copies that were not used for longest, but for those in use, until `path` fits."""
+    limit = find_limit(path.parent)
+    if needed_bytes > limit:
+        raise RegistryError(
+            f"The version has {needed_bytes / 1e9:.1f} GB, and the cache holds {limit / 1e9:.1f}. Set {LIMIT_VARIABLE}."
+        )
+    others = {
+        folder: _measure(folder) for folder in path.parent.iterdir() if folder.is_dir() and folder.stem != path.name
+    }
+    total = needed_bytes + sum(others.values())
+    for folder in sorted(others, key=lambda folder: _find_last_use(folder)):
+        if total <= limit:
+            return
+        if _evict(folder):
+            total -= others[folder]
+
+
+def _evict(folder: Path) -> bool:
+    copy = folder.with_suffix("")
+    lock = copy.with_suffix(".lock") if folder.suffix == ".partial" else copy.with_suffix(".used")
+    with lock.open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        shutil.rmtree(folder, ignore_errors=True)
+        if folder == copy:
+            lock.unlink(missing_ok=True)
+    return True
+
+
+def find_limit(folder: Path) -> int:
+    """Bytes that the cache may hold: $SWIFTKV_CACHE_GB, or half of the disk."""
+    value = os.environ.get(LIMIT_VARIABLE)
+    if value is None:
+        return shutil.disk_usage(folder).total // 2
     try:
-        staging.rename(path)
-    except OSError as error:
-        raise RegistryError(f"{path}: cannot put the downloaded version there: {error}.") from error
+        limit = float(value)
+    except ValueError:
+        limit = -1.0
+    if not limit > 0:
+        raise ConfigError(
+            f"{LIMIT_VARIABLE}={value!r}: give the most gigabytes that copies of models may take, such as 200."
+        )
+    return int(limit * 1e9)
+
+
+def _measure(folder: Path) -> int:
+    return sum(file.lstat().st_size for file in folder.rglob("*") if not file.is_dir())
+
+
+def _find_last_use(folder: Path) -> float:
+    with contextlib.suppress(OSError):
+        return folder.with_suffix(".used").stat().st_mtime
+    return 0.0
+
+
+def _take_use(path: Path) -> BinaryIO:
+    """A shared lock on the copy. The file may be removed by an eviction between opening and locking: then again."""
+    name = path.with_suffix(".used")
+    while True:
+        file = name.open("ab")
+        fcntl.flock(file, fcntl.LOCK_SH)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), name.stat()):
+                os.utime(name)
+                return file
+        file.close()
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,8 +1,11 @@
 """Where things lie in a store, and how models, versions, aliases and files may be called.
 
-    models/<name>/versions/<version>/manifest.json
-    models/<name>/versions/<version>/upload-<id>/<files>
-    models/<name>/aliases/<alias>.json
+    blobs/<first two digits>/<SHA-256>                          parts of files, shared by all versions of all models
+    models/<name>/versions/<version>/manifest.json              create-only: with it, the version exists
+    models/<name>/versions/<version>/removed.json               create-only: `gc` took it; its number stays used
+    models/<name>/versions/<version>/evaluations/<id>.json      create-only, any number
+    models/<name>/aliases/<alias>.json                          moved by compare-and-swap
+    leases/…                                                    who is changing or collecting at this moment
 
 Touches no storage.
 Called by: the other files of registry/.
@@ -10,15 +13,21 @@ Called by: the other files of registry/.
 
 import re
 import uuid
+from datetime import UTC, datetime
 
 from swiftkv.errors import ConfigError
 
-MANIFEST = "manifest.json"
-UPLOAD_PATTERN = "upload-[0-9a-f]{32}"
+BLOBS = "blobs"
+CHANGING = "leases/changing"
+COLLECTING = "leases/collecting"
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
 _FILE_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+=-]*")
-_OWN_FILE = re.compile(rf"{re.escape(MANIFEST)}|{UPLOAD_PATTERN}/.*")
+
+
+def blob_path(sha256: str) -> str:
+    """The object that holds the bytes of this hash."""
+    return f"{BLOBS}/{sha256[:2]}/{sha256}"
 
 
 def versions_path(name: str) -> str:
@@ -26,19 +35,19 @@ def versions_path(name: str) -> str:
     return f"models/{name}/versions"
 
 
-def version_path(name: str, version: str) -> str:
-    """Folder of one version."""
-    return f"{versions_path(name)}/{version}"
-
-
 def manifest_path(name: str, version: str) -> str:
     """The object that makes a version exist."""
-    return f"{version_path(name, version)}/{MANIFEST}"
+    return f"{versions_path(name)}/{version}/manifest.json"
 
 
-def upload_path(name: str, version: str, upload: str) -> str:
-    """Folder of the files that one publish wrote."""
-    return f"{version_path(name, version)}/{upload}"
+def removed_path(name: str, version: str) -> str:
+    """The object that says that a version existed once."""
+    return f"{versions_path(name)}/{version}/removed.json"
+
+
+def evaluations_path(name: str, version: str) -> str:
+    """Folder of what was measured of a version after it was published."""
+    return f"{versions_path(name)}/{version}/evaluations"
 
 
 def aliases_path(name: str) -> str:
@@ -51,14 +60,9 @@ def alias_path(name: str, alias: str) -> str:
     return f"{aliases_path(name)}/{alias}.json"
 
 
-def build_upload_name() -> str:
-    """A folder name that no other publish has."""
-    return f"upload-{uuid.uuid4().hex}"
-
-
-def belongs_to_version(path: str) -> bool:
-    """Whether a path below a version's folder is its manifest or lies in an upload, this one's or an abandoned."""
-    return _OWN_FILE.fullmatch(path) is not None
+def build_id() -> str:
+    """A name that nothing else has, and that sorts by time."""
+    return f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:12]}"
 
 
 def check_name(name: str, kind: str) -> str:

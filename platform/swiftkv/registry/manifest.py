@@ -1,5 +1,6 @@
 """What the registry knows about one version: files and hashes, shape, origin, training, quality.
 
+manifest.schema.json beside this file is its JSON schema, which `python -m swiftkv.registry.manifest` prints.
 Reads and writes no storage.
 Called by: the other files of registry/, cli/models.py, and whoever publishes (Provenance).
 """
@@ -12,17 +13,19 @@ import socket
 import subprocess
 from datetime import datetime
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, JsonValue, ValidationError, field_validator
+from pydantic import ConfigDict, Field, JsonValue, ValidationError, field_validator, model_validator
 
 import swiftkv
 from swiftkv.config import StrictModel
 from swiftkv.errors import IntegrityError, RegistryError
-from swiftkv.registry.layout import UPLOAD_PATTERN, is_safe_path
+from swiftkv.registry.layout import is_safe_path
 
-FORMAT = 1
-"""Manifest format that this code writes, and the newest that it reads."""
+FORMAT = 2
+"""Manifest format that this code writes and reads."""
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class Provenance(StrictModel):
@@ -41,19 +44,35 @@ class Provenance(StrictModel):
 
 
 class FileEntry(StrictModel):
-    """One file of a version."""
+    """One file of a version, and the blobs that hold its bytes."""
 
     path: str
-    """Relative to the version's files, parts joined by `/`."""
+    """Relative to the version's folder, parts joined by `/`."""
     size_bytes: int = Field(ge=0)
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    sha256: Sha256
+    """Of the whole file."""
+    parts: tuple[Sha256, ...]
+    """SHA-256 of each `part_bytes` of the file in order, the last one shorter; the names of the blobs."""
+    base_path: str | None = None
+    """The file of the base that this is; None: the version's own."""
 
-    @field_validator("path")
+    @field_validator("path", "base_path")
     @classmethod
-    def _refuse_unsafe(cls, path: str) -> str:
-        if not is_safe_path(path):
+    def _refuse_unsafe(cls, path: str | None) -> str | None:
+        if path is not None and not is_safe_path(path):
             raise ValueError(f"unsafe file path {path!r}; a file must lie inside its version's folder")
         return path
+
+
+class Base(StrictModel):
+    """The teacher whose files are part of the version."""
+
+    name: str
+    """Of the Hugging Face hub, or a folder."""
+    revision: str | None = None
+    """Commit on the hub."""
+    stored: bool
+    """Whether the store holds its files, once for all versions; else they are taken from the hub, and compared."""
 
 
 class Recipe(StrictModel):
@@ -70,7 +89,7 @@ class Manifest(StrictModel):
     # A diverged run's NaN must stay visible: JSON has none, and pydantic would write null.
     model_config = ConfigDict(ser_json_inf_nan="strings")
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     name: str
     version: str
     published_at: datetime
@@ -79,10 +98,12 @@ class Manifest(StrictModel):
     """user@host."""
     code_version: str
     """Version of this package, and the commit where it runs from a git checkout."""
-    upload: str = Field(pattern=f"^{UPLOAD_PATTERN}$")
-    """Folder, beside the manifest, that holds the files: each publish has one of its own."""
+    part_bytes: int = Field(gt=0)
+    """Files are cut into parts of this size."""
     files: tuple[FileEntry, ...] = Field(min_length=1)
     """Sorted by path."""
+    base: Base | None = None
+    """None: every file is the version's own."""
     spec: dict[str, JsonValue]
     """The shape in config.json: sizes, layers, KV layers, group size."""
     teacher: dict[str, JsonValue] | None = None
@@ -99,8 +120,42 @@ class Manifest(StrictModel):
     @property
     def digest(self) -> str:
         """SHA-256 over paths, sizes and hashes of the files: equal exactly when the files are."""
-        listing = "".join(f"{entry.path}\0{entry.size_bytes}\0{entry.sha256}\n" for entry in self.files)
-        return hashlib.sha256(listing.encode()).hexdigest()
+        lines = [f"{self.part_bytes}"]
+        lines += [f"{entry.path}\0{entry.size_bytes}\0{entry.sha256}\0{','.join(entry.parts)}" for entry in self.files]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+    @property
+    def stored_blobs(self) -> dict[str, int]:
+        """The blobs that the store must hold: hash -> bytes."""
+        return {
+            part: self.measure_part(entry, index)
+            for entry in self.files
+            if self.is_stored(entry)
+            for index, part in enumerate(entry.parts)
+        }
+
+    @property
+    def own_bytes(self) -> int:
+        """Bytes of the files that are not the base's."""
+        return sum(entry.size_bytes for entry in self.files if entry.base_path is None)
+
+    def is_stored(self, entry: FileEntry) -> bool:
+        """Whether the store holds the file's blobs; else the base does."""
+        return entry.base_path is None or self.base is None or self.base.stored
+
+    def measure_part(self, entry: FileEntry, index: int) -> int:
+        """Bytes of a file's part."""
+        return min(self.part_bytes, entry.size_bytes - index * self.part_bytes)
+
+    @model_validator(mode="after")
+    def _count_parts(self) -> "Manifest":
+        for entry in self.files:
+            needed = -(-entry.size_bytes // self.part_bytes)
+            if len(entry.parts) != needed:
+                raise ValueError(f"{entry.path}: {len(entry.parts)} parts, where its size needs {needed}")
+            if entry.base_path is not None and self.base is None:
+                raise ValueError(f"{entry.path}: a file of the base, where no base is named")
+        return self
 
     def to_json(self) -> bytes:
         """The bytes of `manifest.json`."""
@@ -120,7 +175,9 @@ def parse_manifest(content: bytes, name: str, version: str) -> Manifest:
         raise IntegrityError(f"{where}: not JSON ({error}). Publish the version again under a new number.") from None
     found = values.get("format") if isinstance(values, dict) else None
     if isinstance(found, int) and found > FORMAT:
-        raise RegistryError(f"{where}: format {found}, but this swiftkv reads up to {FORMAT}. Install a newer swiftkv.")
+        raise RegistryError(f"{where}: format {found}, but this swiftkv reads {FORMAT}. Install a newer swiftkv.")
+    if isinstance(found, int) and found < FORMAT:
+        raise RegistryError(f"{where}: format {found}, written before 0.5. Publish the folder again.")
     try:
         manifest = Manifest.model_validate_json(content)
     except ValidationError as error:
@@ -162,3 +219,7 @@ def describe_code() -> str:
     except (OSError, subprocess.SubprocessError):
         return swiftkv.__version__
     return f"{swiftkv.__version__}+git.{result.stdout.strip()}"
+
+
+if __name__ == "__main__":
+    print(json.dumps(Manifest.model_json_schema(), indent=1))

@@ -1,20 +1,22 @@
-"""Making one version exist: upload under a folder of this publish alone, then the manifest, create-only.
+"""Making one version exist: its bytes into blobs, then the manifest, create-only.
 
-Chooses no version number and moves no alias (registry.py does).
-Called by: registry/registry.py. Calls: files.py, manifest.py, storage.py.
+Killed before the manifest, nothing exists; the next publish of the same files finds the blobs that are there.
+Moves no alias (aliases.py).
+Called by: registry/registry.py. Calls: files.py, leases.py, manifest.py, storage.py.
 """
 
-import contextlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from swiftkv.errors import RegistryError, VersionExistsError
 from swiftkv.registry import layout
-from swiftkv.registry.files import OnProgress, upload_files
+from swiftkv.registry.files import PART_BYTES, OnProgress, upload_files
+from swiftkv.registry.leases import changing
 from swiftkv.registry.manifest import (
+    Base,
     FileEntry,
     Manifest,
     Provenance,
@@ -24,6 +26,8 @@ from swiftkv.registry.manifest import (
     parse_manifest,
 )
 from swiftkv.registry.storage import Storage
+
+_NUMBERING_ATTEMPTS = 200
 
 
 @dataclass(frozen=True)
@@ -35,8 +39,11 @@ class Draft:
     """Path in the version -> where the bytes are."""
     spec: dict[str, Any]
     provenance: Provenance
+    base: Base | None = None
+    base_paths: Mapping[str, str] = field(default_factory=dict)
+    """Path in the version -> file of the base that it is."""
 
-    def build_manifest(self, version: str, upload: str, files: tuple[FileEntry, ...]) -> Manifest:
+    def build_manifest(self, version: str, files: tuple[FileEntry, ...]) -> Manifest:
         """The manifest of these files, with this moment and this publisher."""
         recipe = self.provenance.recipe
         return Manifest(
@@ -45,8 +52,9 @@ class Draft:
             published_at=datetime.now(UTC),
             publisher=describe_publisher(),
             code_version=describe_code(),
-            upload=upload,
+            part_bytes=PART_BYTES,
             files=files,
+            base=self.base,
             spec=self.spec,
             teacher=self.provenance.teacher,
             recipe=None if recipe is None else describe_recipe(recipe),
@@ -56,56 +64,59 @@ class Draft:
         )
 
 
-def publish_version(storage: Storage, draft: Draft, version: str, on_progress: OnProgress | None) -> Manifest:
-    """The manifest of the version that now exists.
+def publish_draft(
+    storage: Storage,
+    draft: Draft,
+    version: str | None,
+    on_progress: OnProgress | None,
+    on_wait: Callable[[str], None] | None,
+) -> Manifest:
+    """The manifest of the version that now exists; `version` None takes the next whole number.
 
-    Raises: VersionExistsError if another publisher was first; then nothing of this attempt is left.
+    Raises: VersionExistsError if another publisher was first.
     """
-    upload = layout.build_upload_name()
-    prefix = layout.upload_path(draft.name, version, upload)
-    try:
-        files = upload_files(storage, prefix, draft.files, on_progress)
-    except BaseException as error:
-        with contextlib.suppress(RegistryError):
-            storage.discard(prefix)
-        # The publisher that was first removes what others are still uploading, and that fails them here.
-        if isinstance(error, RegistryError):
-            refuse_existing(storage, draft.name, version)
-        raise
-    manifest = draft.build_manifest(version, upload, files)
-    _commit(storage, manifest)
+    stores_base = draft.base is None or draft.base.stored
+    with changing(storage, on_wait) as lease:
+        files = upload_files(storage, draft.files, draft.base_paths, stores_base, on_progress)
+        manifest = _commit(storage, draft, version, files)
+        if not lease.is_fresh():
+            # This process slept so long that it was taken for dead: blobs may have been collected before the manifest
+            # named them. No one collects them now, and those that are missing are written again.
+            upload_files(storage, draft.files, draft.base_paths, stores_base, None)
     return manifest
 
 
 def refuse_existing(storage: Storage, name: str, version: str) -> None:
-    """Raises: VersionExistsError if the version exists, saying since when and by whom."""
+    """Raises: VersionExistsError if the version exists or existed, saying since when and by whom."""
     content = storage.read(layout.manifest_path(name, version))
-    if content is None:
-        return
-    manifest = parse_manifest(content, name, version)
-    raise VersionExistsError(
-        f"{name}@{version} exists already (published {manifest.published_at:%Y-%m-%d %H:%M} UTC by "
-        f"{manifest.publisher}), and versions never change. Give another version, or none for the next number."
-    )
+    if content is not None:
+        manifest = parse_manifest(content, name, version)
+        raise VersionExistsError(
+            f"{name}@{version} exists already (published {manifest.published_at:%Y-%m-%d %H:%M} UTC by "
+            f"{manifest.publisher}), and versions never change. Give another version, or none for the next number."
+        )
+    if storage.find_size(layout.removed_path(name, version)) is not None:
+        raise VersionExistsError(
+            f"{name}@{version} existed and was removed by `swiftkv models gc`; a version never means two things. "
+            "Give another version, or none for the next number."
+        )
 
 
-def discard_abandoned(storage: Storage, name: str, version: str) -> None:
-    """Remove the uploads beside an existing version's own: killed attempts, and attempts that will be refused.
-
-    No manifest can name them any more, whoever is still writing them.
-    """
-    uploads = storage.list_folders(layout.version_path(name, version))
-    content = storage.read(layout.manifest_path(name, version)) if len(uploads) > 1 else None
-    if content is None:
-        return
-    own = parse_manifest(content, name, version).upload
-    for upload in uploads:
-        if upload != own:
-            storage.discard(layout.upload_path(name, version, upload))
+def _commit(storage: Storage, draft: Draft, version: str | None, files: tuple[FileEntry, ...]) -> Manifest:
+    for _ in range(_NUMBERING_ATTEMPTS):
+        number = version or find_next_number(storage, draft.name)
+        manifest = draft.build_manifest(number, files)
+        if _create(storage, manifest):
+            return manifest
+        if version is not None:
+            refuse_existing(storage, draft.name, version)
+    raise VersionExistsError(f"{draft.name}: other publishers took each next number. Give a version.")
 
 
-def _commit(storage: Storage, manifest: Manifest) -> None:
+def _create(storage: Storage, manifest: Manifest) -> bool:
     path, content = layout.manifest_path(manifest.name, manifest.version), manifest.to_json()
+    if storage.find_size(layout.removed_path(manifest.name, manifest.version)) is not None:
+        return False
     try:
         created = storage.create(path, content)
     except RegistryError:
@@ -114,7 +125,16 @@ def _commit(storage: Storage, manifest: Manifest) -> None:
             raise
         created = False
     # A request that the client repeated meets its own manifest, so "it exists" alone does not mean we lost.
-    if not created and storage.read(path) != content:
-        with contextlib.suppress(RegistryError):
-            storage.discard(layout.upload_path(manifest.name, manifest.version, manifest.upload))
-        refuse_existing(storage, manifest.name, manifest.version)
+    return created or storage.read(path) == content
+
+
+def find_next_number(storage: Storage, name: str) -> str:
+    """One more than the highest number that a version has or had."""
+    taken = [int(known) for known in storage.list_folders(layout.versions_path(name)) if known.isdecimal()]
+    highest = max(taken, default=0)
+    # A local store keeps the empty folder of a manifest that was never written.
+    while highest and all(
+        storage.find_size(path(name, str(highest))) is None for path in (layout.manifest_path, layout.removed_path)
+    ):
+        highest -= 1
+    return str(highest + 1)

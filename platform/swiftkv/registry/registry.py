@@ -1,37 +1,38 @@
 """The registry: publish a checkpoint folder as an immutable version, find it again, get it back verified.
 
-    models/<name>/versions/<version>/upload-<id>/<files>   written first, by one publish alone
-    models/<name>/versions/<version>/manifest.json         written last, create-only: now the version exists
-    models/<name>/aliases/<alias>.json                     moved by compare-and-swap, with its history
+    blobs/<..>/<SHA-256>                            written first: parts of files, shared by all versions
+    models/<name>/versions/<version>/manifest.json  written last, create-only: now the version exists
+    models/<name>/aliases/<alias>.json              moved by compare-and-swap, with its history
 
-Each publish has an upload folder of its own, so two publishers of one version cannot mix their bytes, and one
-that is killed leaves files that no manifest names: the next publish of that model removes them.
-Does not decide what may be served (that is evaluation's gates) and evicts nothing from the cache.
-Called by: cli/models.py, the distill job, serving. Calls: checks.py, publishing.py, files.py, cache.py.
+Called by: cli/models.py, the distill job, serving.
+Calls: checks.py, publishing.py, files.py, cache.py, aliases.py, evaluations.py, collecting.py.
 """
 
-import contextlib
-import json
-from collections.abc import Collection
+import fcntl
+import os
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
-from typing import Any
 
-from swiftkv.errors import ConfigError, IntegrityError, RegistryError, VersionExistsError, VersionNotFoundError
-from swiftkv.registry import layout
-from swiftkv.registry.cache import fetch_into_cache
+from pydantic import JsonValue
+
+from swiftkv.errors import CheckpointError, ConfigError, IntegrityError, RegistryError, VersionNotFoundError
+from swiftkv.hub import find_model_folder
+from swiftkv.registry import collecting, evaluations, layout
+from swiftkv.registry.aliases import AliasRecord, move_alias, parse_alias, read_alias, roll_back
+from swiftkv.registry.cache import CachedCopy, fetch_into_cache
 from swiftkv.registry.checks import check_checkpoint
-from swiftkv.registry.files import OnProgress, check_files, find_files
+from swiftkv.registry.evaluations import EvaluationRecord, GateResult
+from swiftkv.registry.files import OnProgress, ReadPart, check_blobs, fill_folder, find_files, require_space
 from swiftkv.registry.layout import check_name
-from swiftkv.registry.manifest import Manifest, Provenance, describe_publisher, parse_manifest
-from swiftkv.registry.publishing import Draft, discard_abandoned, publish_version, refuse_existing
+from swiftkv.registry.leases import changing
+from swiftkv.registry.manifest import Base, FileEntry, Manifest, Provenance, parse_manifest
+from swiftkv.registry.publishing import Draft, publish_draft, refuse_existing
 from swiftkv.registry.storage import Storage
 
 LATEST = "latest"
 """Alias that a bare model name means, where it is set."""
-
-_NUMBERING_ATTEMPTS = 20
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,21 @@ class FetchedVersion:
     """A version whose every byte was compared with its manifest, in a folder that an engine can load."""
 
     path: Path
+    """The same on every node with the same home."""
     name: str
     version: str
     manifest: Manifest
+    copy: CachedCopy
+    """While it lives, and in this process, the folder is not evicted."""
+
+
+@dataclass(frozen=True)
+class AliasState:
+    """What an alias meant when it was looked at."""
+
+    version: str
+    tag: str
+    """To be given when it is looked at again."""
 
 
 class Registry:
@@ -65,30 +78,27 @@ class Registry:
         *,
         version: str | None = None,
         provenance: Provenance | None = None,
-        alias: str | None = None,
+        base: Base | None = None,
+        base_paths: Mapping[str, str] | None = None,
         on_progress: OnProgress | None = None,
+        on_wait: Callable[[str], None] | None = None,
         allowed_model_types: Collection[str] | None = None,
     ) -> Manifest:
         """The manifest of the new version that holds the files of `folder`.
 
-        `version` None takes the next whole number. `alias` is moved to the version once it exists. Each file is
-        read once; names that begin with a dot are left out. `allowed_model_types` None allows every family.
+        `version` None takes the next whole number. Each file is read once; parts that the store has already are not
+        sent again; names that begin with a dot are left out. `base_paths`: the files that are the base's -> its names
+        for them. `on_wait` is told who collects, if that is waited for. `allowed_model_types` None allows every family.
         Raises: CheckpointError if the folder is no SwiftKV checkpoint that is safe to load; VersionExistsError
         if the version exists or another publisher of it was first; ConfigError for a name that is not allowed.
         """
         check_name(name, "Model name")
-        if alias is not None:
-            self._check_alias(name, alias)
         if version is not None:
             self._check_new_version(name, version)
         folder = Path(folder)
         spec = check_checkpoint(folder, allowed_model_types)
-        draft = Draft(name, find_files(folder), spec, provenance or Provenance())
-        manifest = self._publish_draft(draft, version, on_progress)
-        if alias is not None:
-            self.set_alias(name, alias, manifest.version)
-        self._discard_abandoned(name)
-        return manifest
+        draft = Draft(name, find_files(folder), spec, provenance or Provenance(), base, base_paths or {})
+        return publish_draft(self._storage, draft, version, on_progress, on_wait)
 
     def resolve(self, reference: str) -> tuple[str, str]:
         """Name and version that NAME (its alias `latest`, else its newest), NAME@VERSION or NAME@ALIAS means.
@@ -98,11 +108,11 @@ class Registry:
         name, at, label = reference.partition("@")
         check_name(name, "Model name")
         if not at:
-            return name, self._read_alias(name, LATEST) or self._find_newest(name)
+            return name, self._find_alias(name, LATEST) or self._find_newest(name)
         check_name(label, "Version or alias")
         if self._has_version(name, label):
             return name, label
-        version = self._read_alias(name, label)
+        version = self._find_alias(name, label)
         if version is None:
             raise self._describe_missing(name, label)
         return name, version
@@ -131,7 +141,25 @@ class Registry:
         files = self._storage.list_files(layout.aliases_path(check_name(name, "Model name")))
         found = sorted(path.removesuffix(".json") for path in files if path.endswith(".json"))
         aliases = [alias for alias in found if layout.is_name(alias)]
-        return {alias: version for alias in aliases if (version := self._read_alias(name, alias))}
+        return {alias: version for alias in aliases if (version := self._find_alias(name, alias))}
+
+    def load_alias(self, name: str, alias: str) -> AliasRecord:
+        """An alias with its history. Raises: VersionNotFoundError; IntegrityError if it is damaged."""
+        record = read_alias(self._storage, check_name(name, "Model name"), check_name(alias, "Alias"))
+        if record is None:
+            raise self._describe_missing(name, alias)
+        return record
+
+    def watch_alias(self, name: str, alias: str, tag: str | None = None) -> AliasState | None:
+        """What the alias means, None while it has not moved since it had this tag. One conditional read.
+
+        Raises: VersionNotFoundError if there is no such alias; IntegrityError if it is damaged.
+        """
+        try:
+            changed = self._storage.read_if_changed(layout.alias_path(name, alias), tag)
+        except FileNotFoundError:
+            raise self._describe_missing(name, alias) from None
+        return None if changed is None else AliasState(parse_alias(changed[0], name, alias).version, changed[1])
 
     def verify(self, reference: str, on_progress: OnProgress | None = None) -> Manifest:
         """The manifest of a version, after every byte in the store was compared with it.
@@ -139,71 +167,117 @@ class Registry:
         Raises: IntegrityError naming each file that differs, what the manifest says and what was found.
         """
         manifest = self.load_manifest(reference)
-        self._refuse_strangers(manifest)
-        check_files(self._storage, _files_path(manifest), manifest.files, on_progress)
+        check_blobs(self._storage, manifest, on_progress)
         return manifest
 
     def fetch(self, reference: str, on_progress: OnProgress | None = None) -> FetchedVersion:
-        """A folder with the files of a version, every byte verified.
+        """The node's copy of a version, every byte verified on every call; what is missing or damaged is downloaded.
 
-        A local store's own folder, verified in place; else a copy in home()/cache/<name>/<digest>, which is
-        verified again on every call and downloaded again if it was damaged.
-        Raises: VersionNotFoundError; IntegrityError as `verify`.
+        Raises: VersionNotFoundError; IntegrityError as `verify`; CheckpointError if it is not safe to load.
         """
-        if self._storage.local_root is not None:
-            manifest = self.verify(reference, on_progress)
-            path = self._storage.local_root / _files_path(manifest)
-        else:
-            manifest = self.load_manifest(reference)
-            path = fetch_into_cache(self._storage, _files_path(manifest), manifest, on_progress)
-        return FetchedVersion(path, manifest.name, manifest.version, manifest)
+        manifest = self.load_manifest(reference)
+        copy = fetch_into_cache(manifest, self._build_reader(manifest), on_progress)
+        _check_fetched(copy.path)
+        return FetchedVersion(copy.path, manifest.name, manifest.version, manifest, copy)
 
-    def set_alias(self, name: str, alias: str, version: str) -> None:
+    def pull(self, reference: str, folder: Path, on_progress: OnProgress | None = None) -> Manifest:
+        """Write a version's files, verified, into a new folder; one that was broken off goes on where it was.
+
+        Raises: as `fetch`; ConfigError if the folder exists.
+        """
+        manifest = self.load_manifest(reference)
+        if folder.exists():
+            raise ConfigError(f"{folder}: exists already. Give a folder that does not.")
+        partial = folder.absolute().with_name(f".{folder.name}.{manifest.digest[:16]}.partial")
+        partial.mkdir(parents=True, exist_ok=True)
+        lock = os.open(partial, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            there = sum(file.stat().st_blocks * 512 for file in partial.rglob("*") if file.is_file())
+            require_space(partial, manifest.total_bytes - there)
+            fill_folder(partial, manifest, self._build_reader(manifest), on_progress)
+            _check_fetched(partial)
+            partial.rename(folder)
+        except BlockingIOError:
+            raise RegistryError(f"{folder}: another process pulls into it at this moment.") from None
+        finally:
+            os.close(lock)
+        return manifest
+
+    def set_alias(self, name: str, alias: str, version: str, forced: str | None = None) -> None:
         """Move an alias to a version; concurrent moves follow one another and each is kept in the history.
 
+        `forced`: why it is moved without a gate, for the history.
         Raises: VersionNotFoundError if there is no such version; ConfigError for a name that is not allowed.
         """
         self._check_alias(name, alias)
-        if not self._has_version(name, version):
-            raise self._describe_missing(name, version)
-        move = {"version": version, "moved_at": datetime.now(UTC).isoformat(), "moved_by": describe_publisher()}
+        with changing(self._storage):
+            if not self._has_version(name, version):
+                raise self._describe_missing(name, version)
+            move_alias(self._storage, name, alias, version, forced)
 
-        def append(content: bytes | None) -> bytes:
-            history = [] if content is None else _parse_alias(content, name, alias)["history"]
-            return json.dumps({"format": 1, "version": version, "history": [*history, move]}, indent=1).encode()
+    def promote(self, reference: str, alias: str, forced: str | None = None) -> Manifest:
+        """Move an alias to a version that has passed its newest gate, or has not, `forced` saying why.
 
-        self._storage.swap(layout.alias_path(name, alias), append)
+        Raises: RegistryError naming the limits that were missed; as `set_alias`.
+        """
+        manifest = self.load_manifest(reference)
+        self._check_alias(manifest.name, alias)
+        if forced is None:
+            evaluations.require_gate(self._storage, manifest)
+        self.set_alias(manifest.name, alias, manifest.version, forced)
+        return manifest
 
-    def _publish_draft(self, draft: Draft, version: str | None, on_progress: OnProgress | None) -> Manifest:
-        if version is not None:
-            return publish_version(self._storage, draft, version, on_progress)
-        for _ in range(_NUMBERING_ATTEMPTS):
-            taken = [int(known) for known in self.list_versions(draft.name) if known.isdecimal()]
-            try:
-                return publish_version(self._storage, draft, str(max(taken, default=0) + 1), on_progress)
-            except VersionExistsError:
-                continue  # another publisher took that number meanwhile
-        raise VersionExistsError(f"{draft.name}: other publishers took each next number. Give a version.")
+    def rollback(self, name: str, alias: str) -> str:
+        """Move an alias to what was promoted before; that version. The history is kept.
 
-    def _discard_abandoned(self, name: str) -> None:
-        # In every version: a publisher may have been killed after its manifest, before it came to this. Leftovers
-        # cost space, not correctness, so a bucket that forbids deleting is no reason to fail.
-        with contextlib.suppress(RegistryError):
-            for version in self.list_versions(name):
-                discard_abandoned(self._storage, name, version)
+        Raises: VersionNotFoundError if there is nothing before.
+        """
+        self._check_alias(name, alias)
+        with changing(self._storage):
+            return roll_back(self._storage, name, alias)
 
-    def _refuse_strangers(self, manifest: Manifest) -> None:
-        found = self._storage.list_files(layout.version_path(manifest.name, manifest.version))
-        strangers = sorted(path for path in found if not layout.belongs_to_version(path))
-        if strangers:
-            raise IntegrityError(
-                f"{manifest.name}@{manifest.version}: not in the manifest, but found beside it: "
-                f"{', '.join(strangers)}. Remove what was put there by hand."
-            )
+    def add_evaluation(
+        self, reference: str, figures: dict[str, JsonValue], gate: GateResult | None = None
+    ) -> EvaluationRecord:
+        """Keep what was measured of a version; its manifest stays as it is."""
+        return evaluations.add_evaluation(self._storage, self.load_manifest(reference), figures, gate)
+
+    def list_evaluations(self, reference: str) -> list[EvaluationRecord]:
+        """What was measured of a version after it was published, oldest first."""
+        return evaluations.list_evaluations(self._storage, self.load_manifest(reference))
+
+    def collect(self, keep: int, dry_run: bool = False, on_progress: OnProgress | None = None) -> collecting.Collection:
+        """Remove all but the newest `keep` versions of each model and those that aliases need, and unused blobs.
+
+        `dry_run` only tells what would be removed.
+        Raises: RegistryError if somebody else changes the store, or a manifest cannot be read.
+        """
+        if keep < 1:
+            raise ConfigError(f"keep is {keep}: at least one version of each model stays.")
+        if dry_run:
+            return collecting.plan_collection(self, self._storage, keep)
+        return collecting.collect(self, self._storage, keep, on_progress)
+
+    def _build_reader(self, manifest: Manifest) -> ReadPart:
+        """Parts from the store, or of a base that it does not hold, from the base."""
+
+        @cache
+        def find_base() -> Path:
+            assert manifest.base is not None
+            return find_model_folder(Path(manifest.base.name), manifest.base.revision)
+
+        def read(entry: FileEntry, index: int) -> object:
+            if entry.base_path is None or manifest.is_stored(entry):
+                return self._storage.read_buffer(layout.blob_path(entry.parts[index]))
+            with (find_base() / entry.base_path).open("rb", buffering=0) as file:
+                return os.pread(file.fileno(), manifest.measure_part(entry, index), index * manifest.part_bytes)
+
+        return read
 
     def _check_new_version(self, name: str, version: str) -> None:
         check_name(version, "Version")
-        if version == LATEST or self._read_alias(name, version) is not None:
+        if version == LATEST or self._find_alias(name, version) is not None:
             raise ConfigError(f"Version {version!r} is an alias. Choose another version, or none for the next number.")
         refuse_existing(self._storage, name, version)
 
@@ -214,7 +288,7 @@ class Registry:
             raise ConfigError(f"Alias {alias!r} is, or will be, a version. Choose a word, such as 'production'.")
 
     def _has_version(self, name: str, version: str) -> bool:
-        return self._storage.exists(layout.manifest_path(name, version))
+        return self._storage.find_size(layout.manifest_path(name, version)) is not None
 
     def _find_newest(self, name: str) -> str:
         manifests = [self.load_manifest(f"{name}@{version}") for version in self.list_versions(name)]
@@ -222,9 +296,9 @@ class Registry:
             raise self._describe_missing(name, None)
         return max(manifests, key=lambda known: (known.published_at, layout.natural_order(known.version))).version
 
-    def _read_alias(self, name: str, alias: str) -> str | None:
-        content = self._storage.read(layout.alias_path(name, alias))
-        return None if content is None else str(_parse_alias(content, name, alias)["version"])
+    def _find_alias(self, name: str, alias: str) -> str | None:
+        record = read_alias(self._storage, name, alias)
+        return None if record is None else record.version
 
     def _describe_missing(self, name: str, label: str | None) -> VersionNotFoundError:
         versions = self.list_versions(name)
@@ -240,18 +314,9 @@ class Registry:
         )
 
 
-def _files_path(manifest: Manifest) -> str:
-    return layout.upload_path(manifest.name, manifest.version, manifest.upload)
-
-
-def _parse_alias(content: bytes, name: str, alias: str) -> dict[str, Any]:
+def _check_fetched(folder: Path) -> None:
+    """Hashes say that the bytes are the published ones; this, that they are what may be loaded."""
     try:
-        record = json.loads(content)
-        check_name(record["version"], "Version")
-        if not isinstance(record["history"], list):
-            raise TypeError
-    except (ValueError, KeyError, TypeError):
-        raise IntegrityError(
-            f"{layout.alias_path(name, alias)} is damaged: {content[:100]!r}. Remove it, and set the alias again."
-        ) from None
-    return dict(record)
+        check_checkpoint(folder)
+    except CheckpointError as error:
+        raise IntegrityError(f"Published by something else than swiftkv: {error}") from None

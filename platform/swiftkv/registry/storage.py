@@ -1,40 +1,47 @@
-"""Object storage as the registry needs it: streamed objects, create-only objects, compare-and-swap, listing.
+"""Object storage as the registry needs it: objects, create-only objects, compare-and-swap, conditional reads, listing.
 
 Knows nothing of models, versions or manifests. A folder on local disk and every bucket that obstore speaks
 behave the same here; the two things that a local folder lacks (compare-and-swap, removing the staging files
-of a killed writer) are filled in at the end of the class.
-Called by: registry/registry.py, registry/files.py. Calls: obstore.
+of a killed writer) are filled in at the end of the class. Every method may be called from many threads.
+Called by: the other files of registry/. Calls: obstore.
 """
 
 import fcntl
+import os
 import random
-import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import datetime, timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import obstore
-from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
+from obstore.exceptions import AlreadyExistsError, BaseError, NotModifiedError, PreconditionError
 from obstore.store import LocalStore, from_url
 
 from swiftkv.errors import ConfigError, RegistryError
 
 if TYPE_CHECKING:
-    from obstore import UpdateVersion
-    from obstore.store import ObjectStore
+    from obstore import GetOptions, UpdateVersion
+    from obstore.store import ObjectStore, RetryConfig
+    from typing_extensions import Buffer
 
-CHUNK_BYTES = 8 * 1024 * 1024
-"""Bytes read, hashed and sent at a time: the registry's memory is a few of these, whatever the file size."""
-
-_MAX_PARTS = 10_000
-"""Parts that S3 allows in one upload; larger files are sent in larger parts."""
-
-_CONCURRENT_PARTS = 4
 _SWAP_ATTEMPTS = 200
 _SWAP_PAUSE_S = 0.05
+_RETRIES: "RetryConfig" = {"max_retries": 5, "retry_timeout": timedelta(seconds=60)}
+"""A bucket that cannot be reached is reported within a minute, not obstore's three."""
+
+
+@dataclass(frozen=True)
+class ObjectInfo:
+    """What a listing says of an object."""
+
+    size_bytes: int
+    modified_at: datetime
+    """By the store's clock."""
 
 
 class Storage:
@@ -53,53 +60,62 @@ class Storage:
             found = obstore.list_with_delimiter(self._store, prefix)["common_prefixes"]
         return sorted(path.rsplit("/", 1)[-1] for path in found)
 
-    def list_files(self, prefix: str) -> dict[str, int]:
-        """Every object below `prefix`: path relative to it -> bytes."""
+    def list_files(self, prefix: str) -> dict[str, ObjectInfo]:
+        """Every object below `prefix`: path relative to it -> what is known of it."""
         if self._is_absent():
             return {}
         with self._explained("list", prefix):
             found = obstore.list(self._store, prefix or None).collect()
         start = len(prefix) + 1 if prefix else 0
-        return {item["path"][start:]: item["size"] for item in found}
+        return {item["path"][start:]: ObjectInfo(item["size"], item["last_modified"]) for item in found}
 
     def read(self, path: str) -> bytes | None:
-        """A small object's bytes, None if it does not exist."""
+        """An object's bytes, None if it does not exist."""
+        buffer = self.read_buffer(path)
+        return None if buffer is None else bytes(buffer)
+
+    def read_buffer(self, path: str) -> "Buffer | None":
+        """As `read`, without copying what may be many megabytes."""
         if self._is_absent():
             return None
         with self._explained("read", path):
             try:
-                return bytes(obstore.get(self._store, path).bytes())
+                return obstore.get(self._store, path).bytes()
             except FileNotFoundError:
                 return None
 
-    def exists(self, path: str) -> bool:
-        """Whether an object is there."""
+    def read_if_changed(self, path: str, tag: str | None) -> tuple[bytes, str] | None:
+        """A small object's bytes and its tag; None while its tag is still `tag`. One request.
+
+        Raises: FileNotFoundError if it does not exist.
+        """
         if self._is_absent():
-            return False
+            raise FileNotFoundError(f"{self.location}/{path}")
+        options: GetOptions = {} if tag is None else {"if_none_match": tag}
+        try:
+            result = obstore.get(self._store, path, options=options)
+            return bytes(result.bytes()), result.meta["e_tag"] or ""
+        except NotModifiedError:
+            return None
+        except FileNotFoundError:
+            raise
+        except (BaseError, OSError, NotImplementedError) as error:
+            raise self._explain("read", path, error) from error
+
+    def find_size(self, path: str) -> int | None:
+        """An object's bytes by its listing, None if it does not exist."""
+        if self._is_absent():
+            return None
         with self._explained("look for", path):
             try:
-                obstore.head(self._store, path)
+                return obstore.head(self._store, path)["size"]
             except FileNotFoundError:
-                return False
-        return True
+                return None
 
-    def stream(self, path: str) -> Iterator[bytes]:
-        """A large object's bytes in chunks. Raises: RegistryError if it does not exist or breaks off."""
-        with self._explained("read", path):
-            for chunk in obstore.get(self._store, path).stream(min_chunk_size=CHUNK_BYTES):
-                yield bytes(chunk)
-
-    def upload(self, path: str, chunks: Iterator[bytes], size_bytes: int) -> None:
-        """Write `path` from chunks, replacing what is there; it appears whole or not at all."""
-        part_bytes = max(CHUNK_BYTES, -(-size_bytes // _MAX_PARTS))
+    def write(self, path: str, content: bytes) -> None:
+        """Write an object, replacing what is there; it appears whole or not at all."""
         with self._explained("write", path):
-            obstore.put(
-                self._writable,
-                path,
-                chunks if size_bytes else b"",
-                chunk_size=part_bytes,
-                max_concurrency=_CONCURRENT_PARTS,
-            )
+            obstore.put(self._writable, path, content, use_multipart=False)
 
     def create(self, path: str, content: bytes) -> bool:
         """Write a small object unless it exists; False if it does. Of many callers, one gets True."""
@@ -129,22 +145,37 @@ class Storage:
             time.sleep(random.uniform(0, _SWAP_PAUSE_S))
         raise RegistryError(f"{self.location}/{path}: other writers were first each time. Try again.")
 
-    def discard(self, prefix: str) -> None:
-        """Remove every object below `prefix`; nothing happens if there is none."""
-        if self.local_root is not None:
-            # Not through obstore: it hides the `name#1` staging files that a killed writer leaves.
-            shutil.rmtree(self.local_root / prefix, ignore_errors=True)
-            return
-        with self._explained("remove", prefix):
-            paths = [item["path"] for item in obstore.list(self._store, prefix).collect()]
-            obstore.delete(self._store, paths)
+    def remove(self, paths: Sequence[str]) -> None:
+        """Remove objects; those that are not there any more do not matter."""
+        if paths and not self._is_absent():
+            with self._explained("remove", paths[0]):
+                for path in paths if self.local_root is not None else ():
+                    with suppress(FileNotFoundError):
+                        obstore.delete(self._store, path)
+                if self.local_root is None:
+                    obstore.delete(self._store, paths)
+
+    def remove_staging_files(self, prefix: str, older_than_s: float) -> int:
+        """Remove what writers that were killed left below `prefix` of a local folder; how many files.
+
+        obstore writes `name#1` and renames it, and hides such files; a bucket keeps no part of a write.
+        """
+        if self.local_root is None:
+            return 0
+        limit = time.time() - older_than_s
+        staged = [path for path in (self.local_root / prefix).rglob("*#*") if path.stat().st_mtime < limit]
+        for path in staged:
+            path.unlink(missing_ok=True)
+        return len(staged)
 
     @cached_property
     def _store(self) -> "ObjectStore":
         with self._explained("open", ""):
             if self.local_root is not None:
                 return LocalStore(prefix=self.local_root)
-            return from_url(self.location)
+            # Plain HTTP only to an endpoint that was given as such, as for a store on one's own machine.
+            allow_http = _find_endpoint().startswith("http://")
+            return from_url(self.location, client_options={"allow_http": allow_http}, retry_config=_RETRIES)
 
     @property
     def _writable(self) -> "ObjectStore":
@@ -190,8 +221,17 @@ class Storage:
         try:
             yield
         except (BaseError, OSError, NotImplementedError) as error:
-            reason = str(error).split("\n", 1)[0]
-            raise RegistryError(f"{self.location}: cannot {action} {path or 'the store'}: {reason}") from error
+            raise self._explain(action, path, error) from error
+
+    def _explain(self, action: str, path: str, error: Exception) -> RegistryError:
+        reason = str(error).split("\n", 1)[0]
+        return RegistryError(f"{self.location}: cannot {action} {path or 'the store'}: {reason}")
+
+
+def _find_endpoint() -> str:
+    """The S3 endpoint that obstore takes from the environment."""
+    names = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
+    return next((os.environ[name] for name in names if os.environ.get(name)), "")
 
 
 def _find_local_root(location: str) -> Path | None:

@@ -13,6 +13,9 @@ from swiftkv.serving.config import PoolSettings
 
 AnyPool = TypeVar("AnyPool", bound=PoolSettings)
 
+_in_use: list[object] = []
+"""Fetched versions: the node's cache evicts none of them while this process lives."""
+
 
 def resolve_model(settings: AnyPool) -> AnyPool:
     """The same settings with `model` as the absolute path of a local folder and `model_id` filled in.
@@ -28,6 +31,7 @@ def resolve_model(settings: AnyPool) -> AnyPool:
         from swiftkv.registry.registry import Registry  # obstore is needed only here
 
         fetched = Registry(settings.store or home() / "registry").fetch(settings.model)
+        _in_use.append(fetched)
         folder, name = fetched.path.absolute(), fetched.name
     return settings.model_copy(update={"model": str(folder), "model_id": settings.model_id or name})
 

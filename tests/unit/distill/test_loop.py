@@ -8,6 +8,7 @@ import pytest
 import torch
 from fakes import write_teacher
 
+from swiftkv.distill.checkpoints import build_state
 from swiftkv.distill.data import PackedRows, choose_rows
 from swiftkv.distill.loop import Ending, Figures, Training, train
 from swiftkv.distill.progress import Progress, parse_progress
@@ -152,3 +153,13 @@ def test_yaml_that_is_none_is_a_config_error(tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text("a: [1")
     with pytest.raises(ConfigError, match=r"bad.yaml: not valid YAML"):
         load_recipe(tmp_path / "bad.yaml", {"training.steps": "1"})
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_checkpoint_holds_what_is_trained_and_nothing_else(recipe, tmp_path, tied):
+    teacher = write_teacher(tmp_path / "another", tied=tied)
+    step = build_step(recipe.model_copy(update={"teacher": teacher}))
+    trained = {name for name, parameter in step.named_parameters() if parameter.requires_grad}
+    optimizer = torch.optim.AdamW([parameter for parameter in step.parameters() if parameter.requires_grad])
+    state = build_state(step, optimizer, torch.zeros(0, 1))
+    assert state["student"].keys() == trained and all("swiftkv" in name for name in trained)

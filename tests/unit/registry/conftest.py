@@ -1,12 +1,14 @@
 """A complete SwiftKV checkpoint folder of a few kilobytes (more, where a test asks), and registries for it."""
 
 import json
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from s3 import S3Server, run_s3_server
 from safetensors.numpy import save_file
 
 from swiftkv.registry.registry import Registry
@@ -71,14 +73,37 @@ def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def local(tmp_path: Path) -> Registry:
-    """A registry in a folder: versions are verified and loaded where they are."""
+    """A registry in a folder."""
     return Registry(tmp_path / "store")
 
 
-@pytest.fixture(params=["local", "memory"])
-def registry(request: pytest.FixtureRequest, local: Registry) -> Registry:
-    """The registry in a folder, and one in a store with compare-and-swap whose versions must be downloaded."""
-    return local if request.param == "local" else Registry("memory:///")
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3Server]:
+    with run_s3_server() as server:
+        yield server
+
+
+@pytest.fixture(params=["local", "s3"])
+def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A store that other processes reach too: a folder, and a bucket over HTTP."""
+    return find_store(request, tmp_path, monkeypatch)
+
+
+def find_store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "local":
+        return str(tmp_path / "store")
+    server: S3Server = request.getfixturevalue("s3_server")
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
+    return server.create_bucket(f"store-{uuid.uuid4().hex}") + "/below"
+
+
+@pytest.fixture(params=["local", "memory", "s3"])
+def registry(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Registry:
+    """The registry in a folder, in memory, and in a bucket over HTTP."""
+    if request.param == "memory":
+        return Registry("memory:///")
+    return Registry(find_store(request, tmp_path, monkeypatch))
 
 
 @pytest.fixture

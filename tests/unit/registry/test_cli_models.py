@@ -1,24 +1,20 @@
-"""`swiftkv publish` and `swiftkv models`, as typed."""
+"""`swiftkv publish | promote | rollback` and `swiftkv models`, as typed."""
 
 import json
 import subprocess
 import sys
 
 import pytest
-import typer
 from typer.testing import CliRunner
 
-from swiftkv.cli import models
-from swiftkv.errors import CheckpointError, ConfigError, IntegrityError
+from swiftkv.cli.main import app
+from swiftkv.errors import CheckpointError, ConfigError, IntegrityError, RegistryError
 from swiftkv.registry.registry import Registry
 
 
 @pytest.fixture
 def swiftkv(tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
-    app = typer.Typer()
-    app.command()(models.publish)
-    app.add_typer(models.models_app, name="models")
 
     def run(*arguments: object) -> str:
         result = CliRunner().invoke(app, [*map(str, arguments)], catch_exceptions=False)
@@ -29,9 +25,49 @@ def swiftkv(tmp_path, monkeypatch):
 
 
 def test_publish_says_what_exists_now(swiftkv, checkpoint, tmp_path):
-    last = swiftkv("publish", checkpoint, "--name", "tiny", "--alias", "production").splitlines()[-1]
-    assert last.startswith("published tiny@1 ") and "alias production" in last
-    assert Registry(tmp_path / "home" / "registry").resolve("tiny@production") == ("tiny", "1")
+    last = swiftkv("publish", checkpoint, "--name", "tiny").splitlines()[-1]
+    assert last.startswith("published tiny@1 ") and str(tmp_path / "home" / "registry") in last
+    assert Registry(tmp_path / "home" / "registry").resolve("tiny") == ("tiny", "1")
+
+
+def test_promote_asks_for_the_gate_and_rollback_goes_back(swiftkv, checkpoint):
+    for _ in range(2):
+        swiftkv("publish", checkpoint, "--name", "tiny")
+    with pytest.raises(RegistryError, match=r"tiny@1 was put to no gate"):
+        swiftkv("promote", "tiny@1", "production")
+    with pytest.raises(ConfigError, match="say why"):
+        swiftkv("promote", "tiny@1", "production", "--force", " ")
+    assert "tiny@production is now version 1" in swiftkv("promote", "tiny@1", "production", "--force", "a test")
+    swiftkv("promote", "tiny@2", "production", "--force", "a test")
+    assert "tiny@production is now version 1" in swiftkv("rollback", "tiny", "production")
+
+
+def test_pull_writes_the_files(swiftkv, checkpoint, tmp_path, read_all):
+    swiftkv("publish", checkpoint, "--name", "tiny")
+    assert "pulled tiny@1" in swiftkv("models", "pull", "tiny", tmp_path / "pulled")
+    assert read_all(tmp_path / "pulled") == read_all(checkpoint)
+
+
+def test_diff_says_what_differs_and_what_is_shared(swiftkv, make_checkpoint):
+    swiftkv("publish", make_checkpoint("one"), "--name", "tiny")
+    swiftkv("publish", make_checkpoint("two", seed=1, intermediate_size=32), "--name", "tiny")
+    shown = swiftkv("models", "diff", "tiny@1", "tiny@2")
+    rows = {line.split()[0]: line.split()[1:] for line in shown.splitlines() if line.split()}
+    assert rows["intermediate_size"] == ["16", "32"]
+    assert "model.safetensors" in rows and "hidden_size" not in rows and "tokenizer.json" not in rows
+    assert shown.splitlines()[-1].startswith("shared: 2 bytes; only in tiny@1: ")
+
+
+def test_gc_tells_before_it_removes(swiftkv, make_checkpoint):
+    for seed in range(3):
+        swiftkv("publish", make_checkpoint(f"seed-{seed}", seed=seed), "--name", "tiny")
+    told = swiftkv("models", "gc", "--keep", "1", "--dry-run")
+    assert "would remove tiny@1" in told and "would remove tiny@2" in told
+    assert "tiny@1" in swiftkv("models", "list")
+    done = swiftkv("models", "gc", "--keep", "1")
+    assert done.replace("removed", "would remove").replace("freed", "would free") == told
+    assert "tiny@1" not in swiftkv("models", "list")
+    assert "verified tiny@3" in swiftkv("models", "verify", "tiny")
 
 
 def test_show_explains_origin_and_quality(swiftkv, checkpoint, tmp_path):
@@ -44,7 +80,8 @@ def test_show_explains_origin_and_quality(swiftkv, checkpoint, tmp_path):
     }
     provenance.write_text(json.dumps(record))
     store = tmp_path / "elsewhere"
-    swiftkv("publish", checkpoint, "--name", "tiny", "--provenance", provenance, "--alias", "best", "--store", store)
+    swiftkv("publish", checkpoint, "--name", "tiny", "--provenance", provenance, "--store", store)
+    swiftkv("promote", "tiny", "best", "--force", "a test", "--store", store)
     shown = swiftkv("models", "show", "tiny", "--store", store)
     rows = {line.split()[0]: " ".join(line.split()[1:]) for line in shown.splitlines() if line.split()}
     assert rows["name"] == "big-teacher"
@@ -67,7 +104,8 @@ def test_show_says_what_was_not_recorded(swiftkv, checkpoint):
 def test_list_has_a_row_for_each_version(swiftkv, checkpoint):
     assert "No models" in swiftkv("models", "list")
     swiftkv("publish", checkpoint, "--name", "tiny")
-    swiftkv("publish", checkpoint, "--name", "other", "--version", "v7", "--alias", "best")
+    swiftkv("publish", checkpoint, "--name", "other", "--version", "v7")
+    swiftkv("promote", "other@v7", "best", "--force", "a test")
     words = [line.split() for line in swiftkv("models", "list").splitlines()]
     assert [row[0] for row in words if row and "@" in row[0]] == ["other@v7", "tiny@1"]
     assert next(row for row in words if row and row[0] == "other@v7")[1] == "best"
@@ -76,7 +114,7 @@ def test_list_has_a_row_for_each_version(swiftkv, checkpoint):
 def test_verify_reports_and_refuses(swiftkv, checkpoint, tmp_path):
     swiftkv("publish", checkpoint, "--name", "tiny")
     assert "verified tiny@1" in swiftkv("models", "verify", "tiny")
-    weights = next((tmp_path / "home").rglob("model.safetensors"))
+    weights = max((tmp_path / "home/registry/blobs").rglob("*"), key=lambda path: path.stat().st_size * path.is_file())
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     with pytest.raises(IntegrityError, match=r"model\.safetensors"):
         swiftkv("models", "verify", "tiny")

@@ -3,17 +3,20 @@
 import hashlib
 import json
 from datetime import UTC, datetime
+from pathlib import Path
 
+import jsonschema
 import pytest
 from pydantic import ValidationError
 
+import swiftkv.registry.manifest
 from swiftkv.errors import IntegrityError
 from swiftkv.registry.layout import natural_order
-from swiftkv.registry.manifest import FileEntry, Manifest, Provenance, describe_recipe, parse_manifest
+from swiftkv.registry.manifest import Base, FileEntry, Manifest, Provenance, describe_recipe, parse_manifest
 
 FILES = (
-    FileEntry(path="a.json", size_bytes=1, sha256="0" * 64),
-    FileEntry(path="b/c.txt", size_bytes=2, sha256="1" * 64),
+    FileEntry(path="a.json", size_bytes=1, sha256="0" * 64, parts=("0" * 64,)),
+    FileEntry(path="b/c.txt", size_bytes=12, sha256="1" * 64, parts=("3" * 64, "4" * 64)),
 )
 
 
@@ -24,7 +27,7 @@ def build_manifest(files=FILES, **more):
         "published_at": datetime(2026, 1, 2, tzinfo=UTC),
         "publisher": "me@here",
         "code_version": "0",
-        "upload": "upload-" + "a" * 32,
+        "part_bytes": 8,
         "files": files,
         "spec": {"hidden_size": 8},
     }
@@ -52,14 +55,37 @@ def test_damaged_manifest_is_an_integrity_error(content):
 )
 def test_unsafe_file_paths_are_refused(path):
     with pytest.raises(ValidationError):
-        FileEntry(path=path, size_bytes=0, sha256="0" * 64)
+        FileEntry(path=path, size_bytes=0, sha256="0" * 64, parts=())
 
 
 def test_digest_changes_with_any_file_and_with_nothing_else():
     digest = build_manifest().digest
     assert build_manifest(publisher="you@there", version="2").digest == digest
-    for change in ({"path": "z.json"}, {"size_bytes": 3}, {"sha256": "2" * 64}):
+    for change in ({"path": "z.json"}, {"size_bytes": 3}, {"sha256": "2" * 64}, {"parts": ("2" * 64,)}):
         assert build_manifest(files=(FILES[0].model_copy(update=change), FILES[1])).digest != digest
+
+
+def test_the_committed_schema_is_the_manifests():
+    path = Path(swiftkv.registry.manifest.__file__).with_name("manifest.schema.json")
+    schema = json.loads(path.read_text())
+    assert schema == Manifest.model_json_schema(), f"write it again: python -m swiftkv.registry.manifest > {path.name}"
+    values = json.loads(build_manifest(base=Base(name="a/b", revision="c", stored=True)).to_json())
+    jsonschema.validate(values, schema)
+    for wrong in ({"files": []}, {"format": 1}, {"surprise": 1}, {"spec": None}, {"part_bytes": 0}):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(values | wrong, schema)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"parts": ("3" * 64,)}, "1 parts, where its size needs 2"),
+        ({"base_path": "model.safetensors"}, "a file of the base, where no base is named"),
+    ],
+)
+def test_files_that_cannot_be_put_together_are_refused(change, message):
+    with pytest.raises(ValidationError, match=message):
+        build_manifest(files=(FILES[0], FILES[1].model_copy(update=change)))
 
 
 def test_recipe_hash_ignores_the_order_of_keys():

@@ -17,7 +17,7 @@ def test_swap_starts_again_when_another_writer_was_first(there):
     def change(content: bytes | None) -> bytes:
         seen.append(content)
         if len(seen) == 1:
-            storage.upload("alias", iter([b"2"]), 1)
+            storage.write("alias", b"2")
         return (content or b"") + b"x"
 
     storage.swap("alias", change)
@@ -29,7 +29,7 @@ def test_swap_gives_up_with_an_error(monkeypatch):
     storage = Storage("memory:///")
 
     def change(content: bytes | None) -> bytes:
-        storage.upload("alias", iter([b"other"]), 5)
+        storage.write("alias", b"other")
         return b"mine"
 
     with pytest.raises(RegistryError, match=r"alias: other writers were first"):
@@ -38,14 +38,27 @@ def test_swap_gives_up_with_an_error(monkeypatch):
 
 
 @pytest.mark.parametrize("location", ["folder", "memory:///"])
-def test_create_is_won_once_and_discard_takes_only_what_lies_below(location, tmp_path, monkeypatch):
+def test_create_is_won_once_and_remove_takes_only_what_is_named(location, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     storage = Storage(location)
     assert [storage.create(path, b"1") for path in ("a/b", "a/b", "ab/c")] == [True, False, True]
-    storage.discard("a")
-    storage.discard("a")
-    assert storage.list_files("") == {"ab/c": 1}
-    assert not storage.exists("a/b") and storage.read("a/b") is None
+    storage.remove(["a/b"])
+    storage.remove(["a/b"])
+    assert {path: info.size_bytes for path, info in storage.list_files("").items()} == {"ab/c": 1}
+    assert storage.find_size("a/b") is None and storage.read("a/b") is None
+
+
+@pytest.mark.parametrize("location", ["folder", "memory:///"])
+def test_an_unchanged_object_is_not_read_again(location, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    storage = Storage(location)
+    with pytest.raises(FileNotFoundError):
+        storage.read_if_changed("a", None)
+    storage.write("a", b"1")
+    content, tag = storage.read_if_changed("a", None)
+    assert content == b"1" and storage.read_if_changed("a", tag) is None
+    storage.write("a", b"2")
+    assert storage.read_if_changed("a", tag)[0] == b"2"
 
 
 def test_store_that_cannot_be_written_says_so(tmp_path):
