@@ -1,6 +1,6 @@
 """`swiftkv bench …`: the published comparisons, each measured again by one command.
 
-Called by: cli/main.py. Calls: bench/engine.py, bench/distill.py, bench/table.py.
+Called by: cli/main.py. Calls: bench/engine.py, bench/distill.py, bench/registry.py, bench/table.py.
 """
 
 import dataclasses
@@ -81,6 +81,24 @@ def distill(
     started = time.monotonic()
     results, figures = measure_distillation(plan, _stage)
     _publish(results, figures, started, "A distillation step against the reference's", json_file, report)
+
+
+@bench_app.command()
+def registry(
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Also write numbers.json, table.md and table.png here.")] = None,
+    gigabytes: Annotated[float, typer.Option(help="Size of the version.", min=0.001)] = 2.0,
+    pairs: Annotated[int, typer.Option(help="Pairs of runs that take turns.", min=1)] = 5,
+) -> None:
+    """Publishing and pulling a version against cp or `aws s3 cp` followed by sha256sum, files out of memory before.
+
+    The bucket is a local S3 server's. Takes about ten minutes and three times the version's size on the disk.
+    """
+    from swiftkv.bench.registry import measure_registry
+
+    started = time.monotonic()
+    results, figures = measure_registry(int(gigabytes * 1e9), pairs, _stage)
+    _publish(results, figures, started, "The registry against copying and hashing", json_file, report)
 
 
 def _publish(

@@ -110,16 +110,18 @@ def rollback(
 @contextmanager
 def _open_source(folder: Path, base: str | None, revision: str | None, reference_base: bool) -> Iterator[_Source]:
     from swiftkv.hub import find_model_folder
-    from swiftkv.model.delta import RECORD_FILE, load_delta_record, restore_delta, save_delta
-    from swiftkv.model.delta import Base as DeltaBase
-    from swiftkv.registry.manifest import Base
 
-    is_delta = (folder / RECORD_FILE).is_file()
+    is_delta = (folder / "delta.json").is_file()
     if base is None and not is_delta:
         if reference_base:
             raise ConfigError("--reference-base: which base? Give --base, or a folder of `swiftkv delta save`.")
         yield _Source(find_model_folder(folder, revision))
         return
+    # These load torch, which a whole folder is published without.
+    from swiftkv.model.delta import Base as DeltaBase
+    from swiftkv.model.delta import load_delta_record, restore_delta, save_delta
+    from swiftkv.registry.manifest import Base
+
     home().mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=home(), prefix="publishing-") as scratch:
         if is_delta:

@@ -23,10 +23,13 @@ from swiftkv.registry.layout import blob_path, is_safe_path
 from swiftkv.registry.manifest import FileEntry, Manifest
 from swiftkv.registry.storage import Storage
 
-PART_BYTES = 16 * 1024 * 1024
+PART_BYTES = 8 * 1024 * 1024
 """Part size of new versions."""
 
-_WORKERS = 4
+_READ_BYTES = 1024 * 1024
+"""Of a local file at a time."""
+
+_WORKERS = 6
 _IN_FLIGHT = _WORKERS + 2
 """Parts in memory at a time."""
 
@@ -177,9 +180,7 @@ def _set_part(
 ) -> None:
     start, size_bytes = index * manifest.part_bytes, manifest.measure_part(entry, index)
     with path.open("rb" if read_part is None else "r+b", buffering=0) as file:
-        there = os.pread(file.fileno(), size_bytes, start)
-        found = hashlib.sha256(there).hexdigest()
-        del there
+        found = _hash_part(file.fileno(), start, size_bytes)
         if found != entry.parts[index] and read_part is not None:
             part = read_part(entry, index)
             found = "nothing" if part is None else hashlib.sha256(part).hexdigest()
@@ -188,6 +189,19 @@ def _set_part(
     if found != entry.parts[index]:
         problems[entry.path] = describe_part(entry, index, found)
     count.add(size_bytes)
+
+
+def _hash_part(descriptor: int, start: int, size_bytes: int) -> str:
+    """Of a part of a local file; "nothing" where the file has a hole, as before a part was written."""
+    try:
+        if os.lseek(descriptor, start, os.SEEK_DATA) >= start + size_bytes:
+            return "nothing"
+    except OSError:  # a hole up to the end
+        return "nothing"
+    digest = hashlib.sha256()
+    for offset in range(start, start + size_bytes, _READ_BYTES):
+        digest.update(os.pread(descriptor, min(_READ_BYTES, start + size_bytes - offset), offset))
+    return digest.hexdigest()
 
 
 def check_blobs(storage: Storage, manifest: Manifest, on_progress: OnProgress | None) -> None:

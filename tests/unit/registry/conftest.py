@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from s3 import S3Server, run_s3_server
 from safetensors.numpy import save_file
 
+from swiftkv.bench.s3 import S3Server, run_s3_server
 from swiftkv.registry.registry import Registry
 
 CONFIG: dict[str, Any] = {

@@ -1,5 +1,9 @@
-"""A local S3 server over real HTTP: moto's, in a process of its own, with one bucket."""
+"""A local S3 server over real HTTP: moto's, in a process of its own. Needs the extra `dev`.
 
+Called by: bench/registry.py, tests.
+"""
+
+import os
 import socket
 import subprocess
 import sys
@@ -9,6 +13,8 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+
+from swiftkv.errors import RegistryError
 
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_REGION": "us-east-1"}
 START_TIMEOUT_S = 60.0
@@ -38,7 +44,9 @@ def run_s3_server() -> Iterator[S3Server]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-c", "from moto.server import main; main()", "-H", "127.0.0.1", "-p", str(port)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+    # Every object of some size goes to the disk, as in a server that is not for tests.
+    environment = os.environ | {"MOTO_S3_DEFAULT_KEY_BUFFER_SIZE": str(2**20)}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         try:
             server = S3Server(f"http://127.0.0.1:{port}")
             _wait(server, process)
@@ -54,5 +62,6 @@ def _wait(server: S3Server, process: "subprocess.Popen[bytes]") -> None:
             urllib.request.urlopen(server.endpoint)
             return
         except (urllib.error.URLError, ConnectionError):
-            assert process.poll() is None and time.monotonic() < deadline, "moto's server did not start"
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise RegistryError("moto's S3 server did not start. Install the extra dev.") from None
             time.sleep(0.05)
