@@ -108,7 +108,7 @@ def resolve(folder: Path, upgrade: bool) -> list[str]:
         output.write_text(LOCK.read_text())
     options = "--universal --generate-hashes --no-annotate --no-header --no-emit-package=torch --quiet"
     command = [str(python), "-m", "uv", "pip", "compile", "pyproject.toml", *options.split()]
-    command += ["--extra=cpu", "--extra=dev", "--python-version=3.11", "--only-binary=:all:"]
+    command += ["--extra=cpu", "--extra=dev", "--extra=evaluate", "--python-version=3.11"]
     command += ["--output-file=cpu.txt", *(["--upgrade"] if upgrade else [])]
     subprocess.run(command, check=True, cwd=folder, env=build_environment(read_pip_settings(python)))
     return output.read_text().splitlines()

@@ -35,6 +35,8 @@ PYPROJECT = REPOSITORY / "pyproject.toml"
 
 # PyTorch's own index of CPU builds, asked only where pip's own configuration has none. Named here alone.
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+PUBLISHED_AS_SOURCES = ("sqlitedict", "word2number")
+"""Plain Python without a wheel, which lm-eval asks for; nothing else is built here."""
 MEDIA_PACKAGES = ("torchvision", "torchaudio", "torchcodec")
 
 
@@ -143,7 +145,8 @@ def install_torch() -> None:
 def install_locked_packages() -> None:
     """Every package of the lock, by hash, with one progress line for all of them."""
     progress = Progress(VENV, count_locked_packages())
-    arguments = ["install", "--no-deps", "--require-hashes", "--only-binary=:all:", "-r", str(LOCK)]
+    binary = ["--only-binary=:all:", f"--no-binary={','.join(PUBLISHED_AS_SOURCES)}"]
+    arguments = ["install", "--no-deps", "--require-hashes", *binary, "-r", str(LOCK)]
     try:
         run_pip(VENV_PYTHON, arguments, on_line=progress.take_line)
     finally:

@@ -37,7 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "families": {"errors", "spec"},
     "model": {"families", "hf_config"},
     "distill": {"model", "registry", "text", "families", "hub"},
-    "evaluate": {"model", "engine", "registry", "text"},
+    "evaluate": {"model", "engine", "registry", "text", "hf_config"},
     "registry": {"spec", "hub"},
     "engine": {"families", "hf_config"},
     "serving": {"engine", "registry", "cluster"},

@@ -1,6 +1,6 @@
-"""`swiftkv evaluate`: a student against its teacher on held-out text, and at a gate.
+"""`swiftkv evaluate`: a student against its teacher on held-out text, in tasks, and at a gate.
 
-Called by: cli/main.py. Calls: evaluate/compare.py, evaluate/gates.py, registry/registry.py.
+Called by: cli/main.py. Calls: evaluate/compare.py, cli/tasks.py, evaluate/gates.py, registry/registry.py.
 """
 
 import json
@@ -17,6 +17,7 @@ from swiftkv.errors import ConfigError
 
 if TYPE_CHECKING:
     from swiftkv.evaluate.compare import Comparison
+    from swiftkv.evaluate.harness import Harness
     from swiftkv.registry.evaluations import GateResult
 
 
@@ -25,6 +26,8 @@ class _Subject:
     """What is evaluated, and where its figures are kept."""
 
     folder: Path
+    recorded_teacher: str | None
+    """Folder or name, as the run recorded it."""
     keep: "Callable[[dict[str, Any], GateResult | None], str]"
     """Returns where they are now."""
 
@@ -33,10 +36,26 @@ def evaluate(
     model: Annotated[
         str, typer.Argument(metavar="FOLDER|NAME[@VERSION]", help="A SwiftKV checkpoint.", show_default=False)
     ],
-    data: Annotated[list[Path], typer.Option(help="Held-out JSONL; may be given again.", show_default=False)],
+    data: Annotated[
+        list[Path] | None, typer.Option(help="Held-out JSONL; may be given again.", show_default=False)
+    ] = None,
     text_column: Annotated[str, typer.Option(help="Key of the text in each record.")] = "text",
     row_tokens: Annotated[int, typer.Option(help="Tokens per row.", min=2)] = 512,
     max_rows: Annotated[int, typer.Option(help="Rows scored at the most.", min=1)] = 64,
+    tasks: Annotated[str | None, typer.Option(help="Tasks of lm-eval, with commas between.")] = None,
+    task_folder: Annotated[Path | None, typer.Option(help="More task files (YAML), as of one's own data.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Items of each task; all if not given.", min=1)] = None,
+    num_fewshot: Annotated[int | None, typer.Option(help="Examples in each prompt.", show_default="the task's")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Put prompts into the chat template.")] = False,
+    teacher: Annotated[
+        Path | None, typer.Option(help="Of the tasks: its folder, or its name on the hub.", show_default="as recorded")
+    ] = None,
+    endpoint: Annotated[
+        str | None, typer.Option(help="Where the model is served (…/v1); it is served here if not given.")
+    ] = None,
+    teacher_endpoint: Annotated[str | None, typer.Option(help="Where the teacher is served, likewise.")] = None,
+    eager: Annotated[bool, typer.Option("--eager", help="Serve here without compiling.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the tasks' choices.")] = 0,
     gate: Annotated[
         Path | None,
         typer.Option(help="YAML of limits, such as jobs/gates/held-out.yaml; exit status 1 if one is missed."),
@@ -46,15 +65,27 @@ def evaluate(
     ] = None,
     store: Store = None,
 ) -> None:
-    """Perplexity, agreement and KL of a student against its teacher, before and after distillation; a gate's verdict.
+    """A student against its teacher: perplexity, agreement and KL on held-out text, and tasks; a gate's verdict.
+
+    Tasks whose answers are generated are asked through the endpoint, as people are served.
 
     The figures of a published version are kept beside it, and `swiftkv promote` asks for the gate's verdict.
     """
     from swiftkv.evaluate.gates import Gate
 
+    if not data and tasks is None:
+        raise ConfigError("nothing to measure: give --data, --tasks, or both.")
     limits = None if gate is None else load_yaml(gate, Gate)
+    harness = None if tasks is None else _open_harness(tasks, task_folder, limit, num_fewshot, seed, chat)
     subject = _find_subject(model, provenance, store)
-    figures = _compare_held_out(subject.folder, data, text_column, row_tokens, max_rows)
+    teacher_folder = None if harness is None else _find_teacher(teacher, subject)
+    figures = _compare_held_out(subject.folder, data, text_column, row_tokens, max_rows) if data else {}
+    if harness is not None and teacher_folder is not None:
+        from swiftkv.cli.tasks import score_tasks
+
+        scores = score_tasks(harness, subject.folder, teacher_folder, endpoint, teacher_endpoint, eager)
+        _print_scores(scores["tasks"])
+        figures |= scores
     verdict = None if limits is None else limits.judge(figures)
     if verdict is not None:
         _print_verdict(verdict)
@@ -68,7 +99,10 @@ def _find_subject(model: str, provenance: Path | None, store: str | None) -> _Su
     if folder.is_dir() or "/" in model:
         if provenance is not None and not provenance.is_file():
             raise ConfigError(f"{provenance}: no such file. Give the provenance.json of the run's folder, or none.")
-        return _Subject(folder, lambda figures, verdict: _keep_in_file(provenance, figures, verdict))
+        recorded = {} if provenance is None else json.loads(provenance.read_text(encoding="utf-8")).get("teacher") or {}
+        return _Subject(
+            folder, recorded.get("folder"), lambda figures, verdict: _keep_in_file(provenance, figures, verdict)
+        )
     if provenance is not None:
         raise ConfigError("--provenance is of a folder; the figures of a published version are kept beside it.")
     registry = open_registry(store)
@@ -80,7 +114,8 @@ def _find_subject(model: str, provenance: Path | None, store: str | None) -> _Su
         registry.add_evaluation(reference, figures, verdict)
         return f"kept beside {reference} in {registry.location}"
 
-    return _Subject(fetched.path, keep)
+    recorded = (fetched.manifest.teacher or {}).get("folder")
+    return _Subject(fetched.path, None if recorded is None else str(recorded), keep)
 
 
 def _keep_in_file(provenance: Path | None, figures: dict[str, Any], verdict: "GateResult | None") -> str:
@@ -106,6 +141,35 @@ def _compare_held_out(
     before = _compare(student, rows, "before distillation")
     _print_table(before, after)
     return summarise(before, after)
+
+
+def _open_harness(
+    tasks: str, task_folder: Path | None, limit: int | None, num_fewshot: int | None, seed: int, chat: bool
+) -> "Harness":
+    from swiftkv.evaluate.harness import Harness, TaskSettings
+
+    names = tuple(name.strip() for name in tasks.split(",") if name.strip())
+    if not names:
+        raise ConfigError("--tasks names none. Give names of lm-eval's tasks, with commas between.")
+    return Harness(TaskSettings(names, task_folder, limit, num_fewshot, seed, chat))
+
+
+def _find_teacher(teacher: Path | None, subject: _Subject) -> Path:
+    from swiftkv.distill.teachers import resolve_teacher
+
+    if teacher is None and subject.recorded_teacher is None:
+        raise ConfigError("--tasks compares with the teacher, which nothing here names: give --teacher.")
+    return resolve_teacher(teacher or Path(str(subject.recorded_teacher)))
+
+
+def _print_scores(tasks: dict[str, dict[str, dict[str, float]]]) -> None:
+    table = build_table("task", "metric", "student", "teacher", "student, engine without skipping")
+    for name, models in tasks.items():
+        for metric in models["student"]:
+            if "_stderr" not in metric:
+                values = [models.get(who, {}).get(metric) for who in ("student", "teacher", "student_without_skipping")]
+                table.add_row(name, metric, *("" if value is None else f"{value:.4g}" for value in values))
+    print_table(table)
 
 
 def _print_verdict(verdict: "GateResult") -> None:

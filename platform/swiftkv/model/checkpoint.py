@@ -35,8 +35,8 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 """All that a tokenizer, its chat template included, is made of."""
-SIDE_FILES = (*TOKENIZER_FILES, "generation_config.json", "LICENSE", "NOTICE")
-"""Files beside the weights that a student takes over from its teacher."""
+SIDE_FILES = (*TOKENIZER_FILES, "generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*")
+"""Files beside the weights that a student takes over from its teacher: names, and patterns of names."""
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -109,9 +109,14 @@ def save_student(model: SwiftKVForCausalLM, folder: Path, teacher_folder: Path |
     with _quiet_transformers():
         model.save_pretrained(folder)
     _write_older_rope_keys(folder / "config.json")
-    for name in SIDE_FILES if teacher_folder else ():
-        if (teacher_folder / name).is_file():  # type: ignore[operator]
-            shutil.copyfile(teacher_folder / name, folder / name)  # type: ignore[operator]
+    if teacher_folder is not None:
+        copy_side_files(teacher_folder, folder)
+
+
+def copy_side_files(source: Path, target: Path) -> None:
+    """Copy what lies beside the weights: tokenizer, generation settings, licence."""
+    for file in (file for pattern in SIDE_FILES for file in source.glob(pattern) if file.is_file()):
+        shutil.copyfile(file, target / file.name)
 
 
 def load_into(

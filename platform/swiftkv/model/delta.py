@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from swiftkv.config import StrictModel, load_yaml
 from swiftkv.errors import CheckpointError, IntegrityError
 from swiftkv.families import FAMILIES
-from swiftkv.model.checkpoint import SIDE_FILES, load_student, read_config, save_student
+from swiftkv.model.checkpoint import copy_side_files, load_student, read_config, save_student
 from swiftkv.model.modeling import SwiftKVForCausalLM
 
 RECORD_FILE, TENSORS_FILE, _INDEX_FILE = "delta.json", "delta.safetensors", "model.safetensors.index.json"
@@ -256,9 +256,8 @@ def _link_or_copy(source: Path, target: Path) -> None:
 
 
 def _copy_side_files(source: Path, target: Path) -> None:
-    for name in ("config.json", *SIDE_FILES):
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+    shutil.copyfile(source / "config.json", target / "config.json")
+    copy_side_files(source, target)
 
 
 def _write_json(path: Path, values: object) -> None:

@@ -55,6 +55,7 @@ def require_same_tensors(folder: Path, student: Path) -> None:
 
 
 def test_the_base_is_stored_once_and_each_version_costs_its_own_tensors(registry, teacher, tmp_path):
+    (teacher / "LICENSE.txt").write_text("as you like")
     students = [write_student(teacher, tmp_path / f"student-{seed}", seed) for seed in range(2)]
     assert f"sharing the files of {teacher}" in publish(students[0], "--base", teacher)
     before = count_stored_bytes(registry)
@@ -68,6 +69,7 @@ def test_the_base_is_stored_once_and_each_version_costs_its_own_tensors(registry
         ids = torch.tensor([[7, 3, 250, 11]])
         with torch.no_grad():
             assert torch.equal(load_student(folder)(ids).logits, load_student(student)(ids).logits)
+    assert (folder / "LICENSE.txt").read_text() == "as you like"
     for shard in teacher.glob("*.safetensors"):
         assert shard.read_bytes() in [file.read_bytes() for file in folder.glob("*.safetensors")]
 
