@@ -33,12 +33,16 @@ def serve(
     kv_cache_gib: Annotated[float, typer.Option(help="KV cache per replica, GiB.")] = 0.5,
     replicas: Annotated[int, typer.Option(help="Engines.")] = 1,
     eager: Annotated[bool | None, typer.Option(help="Do not compile. Default: only without a compiler.")] = None,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Tensors straight from the store, without a copy on this disk.")
+    ] = False,
     detach: Annotated[bool, typer.Option(help="Leave it running; `swiftkv down` stops it.")] = False,
 ) -> None:
     """Serve a model until Ctrl-C."""
     options = {
         "model": model,
         "store": store,
+        "stream": stream,
         "port": port,
         "model_id": model_id,
         "num_replicas": replicas,

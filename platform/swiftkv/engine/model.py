@@ -32,7 +32,7 @@ from swiftkv.engine.attention import KVHolder
 from swiftkv.engine.blueprint import Blueprint
 from swiftkv.engine.layers import build_first_layer, build_later_layer
 from swiftkv.engine.settings import ROLE_KEY
-from swiftkv.engine.weights import place_tensors, read_prefill_tensors
+from swiftkv.engine.weights import has_tensor_files, place_tensors, read_prefill_tensors
 from swiftkv.families import FAMILIES
 
 
@@ -230,9 +230,10 @@ class SwiftKVForCausalLM(nn.Module, SupportsQuant, SupportsLoRA):
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load what serving needs of a checkpoint, see engine/weights.py.
 
-        A prefill half opens the folder itself: vLLM's `weights` come with their bytes already read.
+        A prefill half opens the folder itself: vLLM's `weights` come with their bytes already read. Where the folder
+        holds no tensors, they are streamed (serving/streaming.py), and only those that are needed.
         """
-        if self.prefill_only and self.folder.is_dir():
+        if self.prefill_only and has_tensor_files(self.folder):
             placed = read_prefill_tensors(self.folder, self.spec)
         else:
             placed = place_tensors(weights, self.spec, self.prefill_only)

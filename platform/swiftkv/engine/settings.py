@@ -18,6 +18,19 @@ ROLE_KEY = "swiftkv_role"
 """Key of vLLM's `additional_config`: "full", or "prefill" for the first half alone; the default is full."""
 
 
+STREAM_FORMAT = "swiftkv_stream"
+"""vLLM's `load_format` for tensors that come from a registry (serving/streaming.py)."""
+
+
+class WeightsSource(StrictModel):
+    """A published version whose tensors an engine takes straight from the store."""
+
+    store: str
+    """Folder or URL of the registry."""
+    reference: str
+    """NAME@VERSION."""
+
+
 class EngineSettings(StrictModel):
     """One engine on one machine."""
 
@@ -56,6 +69,9 @@ class EngineSettings(StrictModel):
     max_loras: int = Field(default=0, ge=0)
     """LoRA adapters in one batch; 0 takes none. Of a SwiftKV model only the first layers can be adapted."""
 
+    streamed_from: WeightsSource | None = None
+    """Where the tensors come from, if not from files in the model's folder."""
+
     def lacks_compiler(self) -> bool:
         """Whether the engine runs eager only because this machine has no C++ compiler, which users are told."""
         return self.enforce_eager is None and not has_cxx_compiler()
@@ -74,6 +90,8 @@ class EngineSettings(StrictModel):
         arguments |= {"load_format": "safetensors", "trust_remote_code": False}  # never a pickle, never its code
         arguments["kv_cache_memory_bytes"] = int(self.kv_cache_gib * 2**30)
         arguments |= {"kv_cache_dtype": self.kv_cache_dtype, "tensor_parallel_size": self.tensor_parallel_size}
+        if self.streamed_from is not None:
+            arguments |= {"load_format": STREAM_FORMAT, "model_loader_extra_config": self.streamed_from.model_dump()}
         if self.kv_transfer != "none":
             transfer = {"kv_connector": "NixlConnector", "kv_role": f"kv_{self.kv_transfer}"}
             arguments["kv_transfer_config"] = transfer

@@ -67,6 +67,12 @@ def list_tensor_files(folder: Path) -> list[Path]:
     return sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
 
 
+def has_tensor_files(folder: Path) -> bool:
+    """Whether the checkpoint's tensors lie in the folder."""
+    files = list_tensor_files(folder) if folder.is_dir() else []
+    return bool(files) and all(file.is_file() for file in files)
+
+
 def list_tensors(file: Path) -> Iterator[tuple[str, int, int]]:
     """Name, first byte and end of each tensor in a safetensors file."""
     for name, start, end, _ in _read_header(file):
@@ -83,7 +89,7 @@ def read_prefill_tensors(folder: Path, spec: SwiftKVSpec) -> Iterator[tuple[str,
             for name, start, end, entry in _read_header(path):
                 for placed in place_tensor(name, spec, prefill_only=True):
                     file.seek(start)
-                    yield placed, _build_tensor(entry, file.read(end - start))
+                    yield placed, build_tensor(entry, file.read(end - start))
 
 
 def _read_header(file: Path) -> Iterator[tuple[str, int, int, dict[str, Any]]]:
@@ -102,7 +108,7 @@ def _open_without_reading_ahead(path: Path) -> BinaryIO:
     return file
 
 
-def _build_tensor(entry: dict[str, Any], data: bytes) -> torch.Tensor:
+def build_tensor(entry: dict[str, Any], data: bytes) -> torch.Tensor:
     """The tensor as safetensors reads it from a file that holds nothing else."""
     header = json.dumps({"tensor": entry | {"data_offsets": [0, len(data)]}}).encode()
     header += b" " * (-len(header) % 8)

@@ -29,8 +29,8 @@ PART_BYTES = 8 * 1024 * 1024
 _READ_BYTES = 1024 * 1024
 """Of a local file at a time."""
 
-_WORKERS = 6
-_IN_FLIGHT = _WORKERS + 2
+NUM_WORKERS = 6
+_IN_FLIGHT = NUM_WORKERS + 2
 """Parts in memory at a time."""
 
 OnProgress = Callable[[int, int], None]
@@ -86,7 +86,7 @@ def upload_files(
     """
     sizes = {path: source.stat().st_size for path, source in files.items()}
     count = _ByteCount(sum(sizes.values()), on_progress)
-    with ThreadPoolExecutor(_WORKERS) as pool:
+    with ThreadPoolExecutor(NUM_WORKERS) as pool:
         return tuple(
             _upload_file(
                 storage if stores_base or path not in base_paths else None,
@@ -123,7 +123,7 @@ def _upload_file(
             if left or file.read(1):
                 raise CheckpointError(f"{source}: changed while it was published. Publish when nothing writes to it.")
 
-    parts = tuple(_run_in_order(pool, read()))
+    parts = tuple(run_in_order(pool, read()))
     return draft.model_copy(update={"sha256": whole.hexdigest(), "parts": parts})
 
 
@@ -146,8 +146,8 @@ def fill_folder(
         problems.clear()
     count = _ByteCount(manifest.total_bytes, on_progress)
     tasks = _list_part_tasks(folder, manifest, read_part if replace else None, count, problems)
-    with ThreadPoolExecutor(_WORKERS) as pool:
-        deque(_run_in_order(pool, tasks), maxlen=0)
+    with ThreadPoolExecutor(NUM_WORKERS) as pool:
+        deque(run_in_order(pool, tasks), maxlen=0)
     _raise_problems(str(folder), problems)
 
 
@@ -212,11 +212,11 @@ def check_blobs(storage: Storage, manifest: Manifest, on_progress: OnProgress | 
     problems: dict[str, str] = {}
     entries = [entry for entry in manifest.files if manifest.is_stored(entry)]
     count = _ByteCount(sum(entry.size_bytes for entry in entries), on_progress)
-    with ThreadPoolExecutor(_WORKERS) as pool:
+    with ThreadPoolExecutor(NUM_WORKERS) as pool:
         for entry in entries:
             whole = hashlib.sha256()
             reads = (partial(storage.read_buffer, blob_path(part)) for part in entry.parts)
-            for index, part in enumerate(_run_in_order(pool, reads)):
+            for index, part in enumerate(run_in_order(pool, reads)):
                 found = "nothing" if part is None else hashlib.sha256(part).hexdigest()
                 if part is not None and found == entry.parts[index]:
                     whole.update(part)
@@ -259,7 +259,7 @@ def require_space(folder: Path, needed_bytes: int) -> None:
         )
 
 
-def _run_in_order(pool: ThreadPoolExecutor, tasks: Iterable[Callable[[], Result]]) -> Iterator[Result]:
+def run_in_order(pool: ThreadPoolExecutor, tasks: Iterable[Callable[[], Result]]) -> Iterator[Result]:
     """Results in the order of the tasks, of which a few run at a time; the first error ends it all."""
     running: deque[Future[Result]] = deque()
     try:

@@ -10,7 +10,7 @@ Calls: checks.py, publishing.py, files.py, cache.py, aliases.py, evaluations.py,
 
 import fcntl
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -30,6 +30,7 @@ from swiftkv.registry.leases import changing
 from swiftkv.registry.manifest import Base, FileEntry, Manifest, Provenance, parse_manifest
 from swiftkv.registry.publishing import Draft, publish_draft, refuse_existing
 from swiftkv.registry.storage import Storage
+from swiftkv.registry.streaming import RawTensor, is_weights, stream_tensors
 
 LATEST = "latest"
 """Alias that a bare model name means, where it is set."""
@@ -179,6 +180,23 @@ class Registry:
         copy = fetch_into_cache(manifest, self._build_reader(manifest), on_progress)
         _check_fetched(copy.path)
         return FetchedVersion(copy.path, manifest.name, manifest.version, manifest, copy)
+
+    def fetch_without_weights(self, reference: str) -> FetchedVersion:
+        """As `fetch`, but for the tensors: configuration and tokenizer, for an engine that streams the rest."""
+        manifest = self.load_manifest(reference)
+        light = manifest.model_copy(
+            update={"files": tuple(entry for entry in manifest.files if not is_weights(entry.path))}
+        )
+        copy = fetch_into_cache(light, self._build_reader(manifest), None)
+        return FetchedVersion(copy.path, manifest.name, manifest.version, manifest, copy)
+
+    def stream_tensors(self, reference: str, wants: Callable[[str], bool]) -> Iterator[RawTensor]:
+        """A version's tensors that `wants` says yes to, each verified before it comes; nothing is written.
+
+        Raises: VersionNotFoundError; IntegrityError naming file and part if bytes differ from the manifest.
+        """
+        manifest = self.load_manifest(reference)
+        return stream_tensors(manifest, self._build_reader(manifest), wants)
 
     def pull(self, reference: str, folder: Path, on_progress: OnProgress | None = None) -> Manifest:
         """Write a version's files, verified, into a new folder; one that was broken off goes on where it was.

@@ -22,6 +22,10 @@ class PoolSettings(StrictModel):
     store: str | None = None
     """Registry: a folder or an object store's URL. None: the registry folder of the local state."""
 
+    stream: bool = False
+    """Take the tensors straight from the store into the engine, verified, without a copy on the node's disk. For one
+    engine per node: several share a copy, and each streams by itself."""
+
     engine: EngineSettings = EngineSettings(kv_cache_gib=0.5, max_num_seqs=16)
     """Of each replica's engine. The defaults fit beside everything else into two cores and 8 GB."""
 
