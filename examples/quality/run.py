@@ -15,7 +15,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from table import write_table
+from table import describe_folder, write_table
 
 from swiftkv.errors import SwiftKVError
 
@@ -53,7 +53,8 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         run(arguments.data, arguments.output, arguments.minutes, arguments.steps)
-        write_table(arguments.output, [row.name for row in ROWS], arguments.report or arguments.output / "report")
+        folder, names = arguments.report or arguments.output / "report", [row.name for row in ROWS]
+        write_table(arguments.output, names, folder, describe_command(arguments.minutes, arguments.steps))
     except subprocess.CalledProcessError as error:
         print(f"\nquality: failed at: {shlex.join(map(str, error.cmd))}", file=sys.stderr)
         return error.returncode or 1
@@ -61,6 +62,12 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def describe_command(minutes: float, steps: int | None) -> str:
+    """What measures the table again, without this machine's paths."""
+    own_steps = "" if steps is None else f" --steps {steps}"
+    return f"python examples/quality/run.py --data FOLDER --minutes {minutes:g}{own_steps}"
 
 
 def run(data: Path, output: Path, minutes: float, steps: int | None) -> None:
@@ -72,7 +79,7 @@ def run(data: Path, output: Path, minutes: float, steps: int | None) -> None:
         command = [sys.executable, HERE / "teacher.py", "--corpus", corpus, "--output", teacher.parent]
         _call([*command, "--minutes", minutes, "--resume"])
     for row in ROWS:
-        folder = output / "runs" / row.name.replace("%", "").replace(",", "").replace(" ", "-")
+        folder = output / "runs" / describe_folder(row.name)
         _distill(row, folder, corpus, teacher, steps)
         scores = output / "scores" / f"{row.name}.json"
         if not scores.exists():

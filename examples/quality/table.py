@@ -9,24 +9,38 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from swiftkv.bench.pairs import describe_processor
+from swiftkv.distill.recipe import load_recipe
+
 EXACT = ("wikisql", "spider")
 BEFORE_COLOUR, AFTER_COLOUR, TEACHER_COLOUR = "#d1a23b", "#2f6fde", "#8a8f98"
 
 
-def write_table(output: Path, names: list[str], folder: Path) -> None:
-    """Write table.md, table.png and numbers.json to `folder`, and print the table."""
+def write_table(output: Path, names: list[str], folder: Path, command: str) -> None:
+    """Write table.md, table.png and numbers.json to `folder`, and print the table. `command` measures it again."""
     folder.mkdir(parents=True, exist_ok=True)
     scores = {name: json.loads((output / "scores" / f"{name}.json").read_text(encoding="utf-8")) for name in names}
+    training = load_recipe(output / "runs" / describe_folder(names[0]) / "recipe.yaml").training
+    settings = f"{training.steps} steps of {training.rows_per_step} rows, seed {training.seed}"
+    heading = f"{describe_processor()}; `{command}`; {settings}\n\n"
     numbers = {
+        "hardware": describe_processor(),
+        "command": command,
+        "training": training.model_dump(),
         "corpus": json.loads((output / "corpus" / "summary.json").read_text(encoding="utf-8")),
         "teacher": json.loads((output / "teacher" / "summary.json").read_text(encoding="utf-8")),
         "scores": scores,
     }
     (folder / "numbers.json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
     table = build_table(scores)
-    (folder / "table.md").write_text(table, encoding="utf-8")
+    (folder / "table.md").write_text(heading + table, encoding="utf-8")
     draw(scores, folder / "table.png")
     print(table)
+
+
+def describe_folder(row: str) -> str:
+    """The name of a row's run folder."""
+    return row.replace("%", "").replace(",", "").replace(" ", "-")
 
 
 def build_table(scores: dict[str, Any]) -> str:

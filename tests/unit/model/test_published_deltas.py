@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from swiftkv.cli.main import app
 from swiftkv.errors import CheckpointError, ConfigError, IntegrityError
+from swiftkv.model import delta
 from swiftkv.model.checkpoint import load_student, save_student
 from swiftkv.model.convert import convert_teacher, freeze_teacher
 from swiftkv.registry.registry import Registry
@@ -109,3 +110,27 @@ def test_another_teacher_is_refused(registry, teacher, tmp_path):
     with pytest.raises(ConfigError, match="which base"):
         publish(student, "--reference-base")
     assert registry.list_models() == []
+
+
+def test_a_model_of_the_hub_is_published_as_it_is(registry, teacher, tmp_path, monkeypatch):
+    """As its cache has it: links in a snapshot to files elsewhere."""
+    student = write_student(teacher, tmp_path / "student", 0)
+    snapshot = tmp_path / "models--someone--tiny" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    for file in student.iterdir():
+        (snapshot / file.name).symlink_to(file)
+    asked = []
+
+    def download(name: str, **settings: object) -> str:
+        asked.append((name, settings["revision"]))
+        return str(snapshot)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.chdir(tmp_path)
+    publish("someone/tiny", "--revision", "abc")
+    assert asked == [("someone/tiny", "abc")]
+    require_same_tensors(registry.fetch("tiny").path, student)
+
+
+def test_the_name_of_the_delta_record_is_one() -> None:
+    assert delta.RECORD_FILE == "delta.json", "cli/publish.py looks for it without loading torch"
