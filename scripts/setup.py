@@ -35,7 +35,7 @@ PYPROJECT = REPOSITORY / "pyproject.toml"
 
 # PyTorch's own index of CPU builds, asked only where pip's own configuration has none. Named here alone.
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
-PUBLISHED_AS_SOURCES = ("sqlitedict", "word2number")
+PUBLISHED_AS_SOURCES = ("rouge-score", "sqlitedict", "word2number")
 """Plain Python without a wheel, which lm-eval asks for; nothing else is built here."""
 MEDIA_PACKAGES = ("torchvision", "torchaudio", "torchcodec")
 
