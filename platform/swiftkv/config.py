@@ -52,7 +52,11 @@ def read_yaml(path: Path) -> Any:
     """
     if not path.is_file():
         raise ConfigError(f"{path}: no such file. Give the path of a YAML file.")
-    return parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: not a text file in UTF-8. Give the path of a YAML file.") from None
+    return parse_yaml(text, str(path))
 
 
 def parse_yaml(text: str, source: str) -> Any:

@@ -1,7 +1,7 @@
 """Models of the Hugging Face hub as folders here.
 
 Does not read weights.
-Called by: distill/teachers.py, registry/registry.py, cli/models.py. Calls: huggingface_hub.
+Called by: distill/teachers.py, registry/registry.py, cli/publish.py. Calls: huggingface_hub.
 """
 
 import re

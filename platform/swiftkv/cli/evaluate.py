@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from swiftkv.cli.registry import Store, build_table, open_registry, print_table, show_progress
+from swiftkv.cli.registry import Store, build_table, load_provenance, open_registry, print_table, show_progress
 from swiftkv.config import load_yaml
 from swiftkv.errors import ConfigError
 
@@ -99,9 +99,11 @@ def _find_subject(model: str, provenance: Path | None, store: str | None) -> _Su
     if folder.is_dir() or "/" in model:
         if provenance is not None and not provenance.is_file():
             raise ConfigError(f"{provenance}: no such file. Give the provenance.json of the run's folder, or none.")
-        recorded = {} if provenance is None else json.loads(provenance.read_text(encoding="utf-8")).get("teacher") or {}
+        recorded = (None if provenance is None else load_provenance(provenance).teacher) or {}
         return _Subject(
-            folder, recorded.get("folder"), lambda figures, verdict: _keep_in_file(provenance, figures, verdict)
+            folder,
+            _read_text(recorded.get("folder")),
+            lambda figures, verdict: _keep_in_file(provenance, figures, verdict),
         )
     if provenance is not None:
         raise ConfigError("--provenance is of a folder; the figures of a published version are kept beside it.")
@@ -114,8 +116,11 @@ def _find_subject(model: str, provenance: Path | None, store: str | None) -> _Su
         registry.add_evaluation(reference, figures, verdict)
         return f"kept beside {reference} in {registry.location}"
 
-    recorded = (fetched.manifest.teacher or {}).get("folder")
-    return _Subject(fetched.path, None if recorded is None else str(recorded), keep)
+    return _Subject(fetched.path, _read_text((fetched.manifest.teacher or {}).get("folder")), keep)
+
+
+def _read_text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
 
 
 def _keep_in_file(provenance: Path | None, figures: dict[str, Any], verdict: "GateResult | None") -> str:

@@ -20,6 +20,7 @@ from swiftkv.cli.registry import (
     print_table,
     show_progress,
 )
+from swiftkv.errors import RegistryError
 
 if TYPE_CHECKING:
     from swiftkv.registry.evaluations import EvaluationRecord, GateResult
@@ -38,8 +39,12 @@ def list_models(store: Store = None) -> None:
     for name in registry.list_models():
         aliases = registry.list_aliases(name)
         for version in registry.list_versions(name):
-            manifest = registry.load_manifest(f"{name}@{version}")
             own = ", ".join(alias for alias, target in aliases.items() if target == version)
+            try:
+                manifest = registry.load_manifest(f"{name}@{version}")
+            except RegistryError as error:  # one bad manifest hides no others
+                rows.append((f"{name}@{version}", own, "unreadable", "", _escape(str(error))))
+                continue
             when = f"{manifest.published_at:%Y-%m-%d %H:%M}"
             rows.append((f"{name}@{version}", own, describe_size(manifest), when, manifest.publisher))
     if not rows:
@@ -74,7 +79,10 @@ def verify_model(reference: Reference, store: Store = None) -> None:
     registry = open_registry(store)
     with show_progress(f"verifying {reference}") as on_progress:
         manifest = registry.verify(reference, on_progress)
-    typer.echo(f"verified {manifest.name}@{manifest.version} {describe_size(manifest)}, digest {manifest.digest}")
+    of_base = sum(entry.size_bytes for entry in manifest.files if not manifest.is_stored(entry))
+    left_out = f", but for {describe_bytes(of_base)} that the base holds" if of_base else ""
+    size = describe_bytes(manifest.total_bytes - of_base)
+    typer.echo(f"verified {manifest.name}@{manifest.version} {size}{left_out}, digest {manifest.digest}")
 
 
 @models_app.command("pull")

@@ -4,7 +4,6 @@ Holds no rules of the registry. Errors rise; cli/main.py turns them into a messa
 Called by: cli/main.py. Calls: registry/registry.py; model/delta.py for a version that shares its teacher's files.
 """
 
-import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,12 +13,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from swiftkv.cli.registry import Reference, Store, describe_size, open_registry, show_progress
-from swiftkv.config import home, load_yaml, parse_settings
+from swiftkv.cli.registry import (
+    Reference,
+    Store,
+    describe_size,
+    load_provenance,
+    open_registry,
+    show_progress,
+    tell_waiting,
+)
+from swiftkv.config import home
 from swiftkv.errors import ConfigError
 
 if TYPE_CHECKING:
-    from swiftkv.registry.manifest import Base, Manifest, Provenance
+    from swiftkv.registry.manifest import Base, Manifest
 
 
 @dataclass(frozen=True)
@@ -65,7 +72,7 @@ def publish(
     from swiftkv.families import FAMILIES
 
     registry = open_registry(store)
-    origin = None if provenance is None else _load_provenance(provenance)
+    origin = None if provenance is None else load_provenance(provenance)
     with _open_source(folder, base, revision, reference_base) as source, show_progress(f"publishing {name}") as bar:
         manifest = registry.publish(
             source.folder,
@@ -75,7 +82,7 @@ def publish(
             base=source.base,
             base_paths=source.base_paths,
             on_progress=bar,
-            on_wait=lambda who: typer.echo(f"waiting: {who} removes unused blobs", err=True),
+            on_wait=tell_waiting,
             allowed_model_types=FAMILIES.keys(),
         )
     shared = _describe_base(manifest)
@@ -93,7 +100,7 @@ def promote(
     """Make an alias mean a version that has passed its gate."""
     if force is not None and not force.strip():
         raise ConfigError('--force: say why, as in --force "hotfix of the tokenizer".')
-    manifest = open_registry(store).promote(reference, alias, force)
+    manifest = open_registry(store).promote(reference, alias, force, tell_waiting)
     typer.echo(f"{manifest.name}@{alias} is now version {manifest.version}")
 
 
@@ -103,7 +110,7 @@ def rollback(
     store: Store = None,
 ) -> None:
     """Make an alias mean what it meant before; the history is kept."""
-    version = open_registry(store).rollback(name, alias)
+    version = open_registry(store).rollback(name, alias, tell_waiting)
     typer.echo(f"{name}@{alias} is now version {version}")
 
 
@@ -127,6 +134,9 @@ def _open_source(folder: Path, base: str | None, revision: str | None, reference
         if is_delta:
             record = load_delta_record(folder)
             base_folder = find_model_folder(Path(base or record.base_name), revision or record.base_revision)
+            if base is not None:
+                given = DeltaBase.from_folder(base_folder)
+                record = record.model_copy(update={"base_name": given.name, "base_revision": given.revision})
         else:
             base_folder = find_model_folder(Path(str(base)), revision)
             delta = Path(scratch) / "delta"
@@ -142,16 +152,3 @@ def _describe_base(manifest: "Manifest") -> str:
         return ""
     how = "sharing the files" if manifest.base.stored else "beside a reference to the files"
     return f", {how} of {manifest.base.name}"
-
-
-def _load_provenance(path: Path) -> "Provenance":
-    from swiftkv.registry.manifest import Provenance
-
-    # YAML 1.1 reads JSON's 1e-05 as a string, so JSON has its own reader.
-    if path.suffix != ".json" or not path.is_file():
-        return load_yaml(path, Provenance)
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path}: not valid JSON: {error}.") from None
-    return parse_settings(values, Provenance, str(path))

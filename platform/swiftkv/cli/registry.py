@@ -3,19 +3,22 @@
 Called by: cli/publish.py, cli/models.py, cli/evaluate.py. Calls: registry/registry.py.
 """
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from swiftkv.config import home
+from swiftkv.config import home, load_yaml, parse_settings
+from swiftkv.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from swiftkv.registry.files import OnProgress
-    from swiftkv.registry.manifest import Manifest
+    from swiftkv.registry.manifest import Manifest, Provenance
     from swiftkv.registry.registry import Registry
 
 Store = Annotated[
@@ -31,6 +34,25 @@ def open_registry(store: str | None) -> "Registry":
     from swiftkv.registry.registry import Registry
 
     return Registry(home() / "registry" if store is None else store)
+
+
+def load_provenance(path: Path) -> "Provenance":
+    """A run's record of where its student came from. Raises: ConfigError if it is none."""
+    from swiftkv.registry.manifest import Provenance
+
+    # YAML 1.1 reads JSON's 1e-05 as a string, so JSON has its own reader.
+    if path.suffix != ".json" or not path.is_file():
+        return load_yaml(path, Provenance)
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # UnicodeDecodeError is one
+        raise ConfigError(f"{path}: not valid JSON: {error}.") from None
+    return parse_settings(values, Provenance, str(path))
+
+
+def tell_waiting(who: str) -> None:
+    """Say why nothing happens."""
+    typer.echo(f"waiting: {who} removes what is no longer needed from the store", err=True)
 
 
 @contextmanager

@@ -50,7 +50,11 @@ def score_tasks(
         | ({"student_without_skipping": without_skipping[name]} if name in without_skipping else {})
         for name in harness.settings.names
     }
-    return {"tasks": tasks, "harness": {"settings": harness.settings.describe(), "outputs": harness.outputs}}
+    asked = {"student": endpoint or "served for it", "teacher": teacher_endpoint or "served for it"}
+    return {
+        "tasks": tasks,
+        "harness": {"settings": harness.settings.describe(), "endpoints": asked, "outputs": harness.outputs},
+    }
 
 
 def _score_served(harness: Harness, who: str, folder: Path, url: str | None, servers: "_Servers") -> Scores:

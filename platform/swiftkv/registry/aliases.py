@@ -2,7 +2,7 @@
 
 The moves of an alias are a chain: each says which version it found. `rollback` goes back to what was promoted before
 the present one; rolling back again goes one further.
-Called by: registry/registry.py, registry/collecting.py. Calls: registry/storage.py.
+Called by: registry/registry.py. Calls: registry/storage.py.
 """
 
 import json
@@ -13,8 +13,9 @@ from typing import Literal
 from pydantic import ValidationError
 
 from swiftkv.config import StrictModel
-from swiftkv.errors import IntegrityError, VersionNotFoundError
+from swiftkv.errors import IntegrityError, RegistryError, VersionNotFoundError
 from swiftkv.registry import layout
+from swiftkv.registry.layout import build_id
 from swiftkv.registry.manifest import describe_publisher
 from swiftkv.registry.storage import Storage
 
@@ -22,6 +23,8 @@ from swiftkv.registry.storage import Storage
 class Move(StrictModel):
     """One change of an alias."""
 
+    id: str
+    """Of this move alone."""
     version: str
     previous: str | None
     """What the alias meant before; None: it was new."""
@@ -81,7 +84,7 @@ def move_alias(storage: Storage, name: str, alias: str, version: str, forced: st
 def roll_back(storage: Storage, name: str, alias: str) -> str:
     """Make the alias mean what was promoted before; that version.
 
-    Raises: VersionNotFoundError if there is no such alias, or nothing before.
+    Raises: VersionNotFoundError if there is no such alias, nothing before, or it was removed.
     """
 
     def choose(record: AliasRecord | None) -> str:
@@ -91,7 +94,12 @@ def roll_back(storage: Storage, name: str, alias: str) -> str:
             raise VersionNotFoundError(
                 f"{name}@{alias} has meant {record.version} from the start: there is nothing before it to go back to."
             )
-        return record.promoted[-2]
+        version = record.promoted[-2]
+        if storage.find_size(layout.manifest_path(name, version)) is None:
+            raise VersionNotFoundError(
+                f"{name}@{alias} meant {version} before, which `swiftkv models gc` removed. Promote another version."
+            )
+        return version
 
     return _append(storage, name, alias, "rollback", choose, None)
 
@@ -105,13 +113,16 @@ def _append(
     forced: str | None,
 ) -> str:
     """The version that was chosen, now the alias's; `choose` is asked again if others were first."""
-    chosen = ""
+    chosen, move_id = "", build_id()
 
     def append(content: bytes | None) -> bytes:
         nonlocal chosen
         record = None if content is None else parse_alias(content, name, alias)
+        if content is not None and _holds(record, move_id):
+            return content  # a request whose answer was lost, and that the client repeated
         chosen = choose(record)
         move = Move(
+            id=move_id,
             version=chosen,
             previous=None if record is None else record.version,
             action=action,
@@ -122,5 +133,13 @@ def _append(
         history = (*(() if record is None else record.history), move)
         return json.dumps(AliasRecord(version=chosen, history=history).model_dump(mode="json"), indent=1).encode()
 
-    storage.swap(layout.alias_path(name, alias), append)
+    try:
+        storage.swap(layout.alias_path(name, alias), append)
+    except RegistryError:
+        if not _holds(read_alias(storage, name, alias), move_id):
+            raise
     return chosen
+
+
+def _holds(record: AliasRecord | None, move_id: str) -> bool:
+    return record is not None and any(move.id == move_id for move in record.history)

@@ -11,6 +11,7 @@ Called by: registry/registry.py. Calls: registry/files.py.
 
 import contextlib
 import fcntl
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -21,8 +22,8 @@ from typing import BinaryIO
 
 from swiftkv.config import home
 from swiftkv.errors import ConfigError, IntegrityError, RegistryError
-from swiftkv.registry.files import OnProgress, ReadPart, fill_folder, require_space
-from swiftkv.registry.manifest import Manifest
+from swiftkv.registry.files import OnProgress, ReadPart, fill_folder, read_at, require_space
+from swiftkv.registry.manifest import FileEntry, Manifest
 
 LIMIT_VARIABLE = "SWIFTKV_CACHE_GB"
 
@@ -72,20 +73,34 @@ def _is_intact(path: Path, manifest: Manifest, on_progress: OnProgress | None) -
 
 def _download(path: Path, manifest: Manifest, read_part: ReadPart, on_progress: OnProgress | None) -> None:
     partial = path.with_suffix(".partial")
-    if path.exists():
-        # Damaged. It is moved away, not mended in place, because an engine may be reading it.
-        shutil.rmtree(partial, ignore_errors=True)
-        path.rename(partial)
     partial.mkdir(exist_ok=True)
-    _make_room(path, manifest.total_bytes)
     there = sum(file.stat().st_blocks * 512 for file in partial.rglob("*") if file.is_file())
+    _make_room(path, manifest.total_bytes, there)
     require_space(path, manifest.total_bytes - there)
-    fill_folder(partial, manifest, read_part, on_progress)
-    partial.rename(path)
+
+    def read(entry: FileEntry, index: int) -> object:
+        # A damaged copy is not mended in place, because an engine may be reading it; what is right of it is taken over.
+        part = read_at(path / entry.path, manifest, entry, index)
+        if part is not None and hashlib.sha256(part).hexdigest() == entry.parts[index]:
+            return part
+        return read_part(entry, index)
+
+    fill_folder(partial, manifest, read, on_progress)
+    if path.exists():
+        damaged = path.with_suffix(".damaged")
+        shutil.rmtree(damaged, ignore_errors=True)
+        path.rename(damaged)
+        partial.rename(path)
+        shutil.rmtree(damaged, ignore_errors=True)
+    else:
+        partial.rename(path)
 
 
-def _make_room(path: Path, needed_bytes: int) -> None:
-    """Evict the copies that were not used for longest, but for those in use, until `path` fits."""
+def _make_room(path: Path, needed_bytes: int, there_bytes: int) -> None:
+    """Evict the copies that were not used for longest, but for those in use, until `path` fits cache and disk.
+
+    `there_bytes` of what is needed are on the disk already.
+    """
     limit = find_limit(path.parent)
     if needed_bytes > limit:
         raise RegistryError(
@@ -95,6 +110,7 @@ def _make_room(path: Path, needed_bytes: int) -> None:
         folder: _measure(folder) for folder in path.parent.iterdir() if folder.is_dir() and folder.stem != path.name
     }
     total = needed_bytes + sum(others.values())
+    limit = min(limit, sum(others.values()) + there_bytes + shutil.disk_usage(path.parent).free)
     for folder in sorted(others, key=lambda folder: _find_last_use(folder)):
         if total <= limit:
             return
@@ -110,6 +126,8 @@ def _evict(folder: Path) -> bool:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
+        if not _is_the_file(file, lock):
+            return False  # another process evicted it, and somebody may use a new one
         shutil.rmtree(folder, ignore_errors=True)
         if folder == copy:
             lock.unlink(missing_ok=True)
@@ -133,7 +151,11 @@ def find_limit(folder: Path) -> int:
 
 
 def _measure(folder: Path) -> int:
-    return sum(file.lstat().st_size for file in folder.rglob("*") if not file.is_dir())
+    total = 0
+    with contextlib.suppress(FileNotFoundError):  # evicted, or put in place, meanwhile
+        for file in folder.rglob("*"):
+            total += 0 if file.is_dir() else file.lstat().st_size
+    return total
 
 
 def _find_last_use(folder: Path) -> float:
@@ -148,11 +170,18 @@ def _take_use(path: Path) -> BinaryIO:
     while True:
         file = name.open("ab")
         fcntl.flock(file, fcntl.LOCK_SH)
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), name.stat()):
-                os.utime(name)
-                return file
+        if _is_the_file(file, name):
+            os.utime(name)
+            return file
         file.close()
+
+
+def _is_the_file(file: BinaryIO, path: Path) -> bool:
+    """Whether an open file is the one that lies at `path` now."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 @contextmanager

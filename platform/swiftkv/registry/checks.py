@@ -1,7 +1,7 @@
 """Whether a folder is a SwiftKV checkpoint that an engine may load: SwiftKV tensors, a known family, no code.
 
 Reads JSON files and safetensors headers only: no weights, no hashes, nothing is executed.
-Called by: registry/registry.py (before every publish). Calls: spec.
+Called by: registry/registry.py (before every publish, after every download). Calls: spec.
 Source: checkpoint format of ArcticTraining's projects/swiftkv (names of tensors and config keys).
 """
 
@@ -57,6 +57,14 @@ def check_checkpoint(folder: Path, allowed_model_types: Collection[str] | None =
         )
     _check_tensors(folder, _load_tensor_names(folder, files), spec)
     return _describe_spec(config, spec)
+
+
+def check_without_weights(folder: Path, paths: Collection[str]) -> None:
+    """As `check_checkpoint`, of a folder that holds all but the tensors of a version with files at these `paths`."""
+    config = _load_config(folder)
+    _refuse_code(folder, [path for path in paths if not path.endswith(".safetensors")])
+    _check_family(folder, config, None)
+    _read_spec(folder, config)
 
 
 def _load_config(folder: Path) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 A removed version leaves a small object, so that its number never means other bytes. Nobody publishes or moves an alias
 meanwhile (leases.py). Nothing is removed from a store in which a manifest cannot be read.
-Called by: registry/registry.py. Calls: registry/aliases.py, leases.py, storage.py.
+Called by: registry/registry.py. Calls: registry/leases.py, registry/storage.py.
 """
 
 import json
@@ -52,6 +52,7 @@ def collect(
         removed = _choose_versions(registry, keep)
         unused = _find_unused_blobs(registry, storage, leave_out={(old.name, old.version) for old in removed})
         for manifest in removed:
+            _require_fresh(storage, lease)
             _remove_version(storage, manifest)
         _remove_blobs(storage, lease, unused, on_progress)
         storage.remove_staging_files(layout.BLOBS, _STAGING_AGE_S)
@@ -99,13 +100,18 @@ def _find_unused_blobs(registry: "Registry", storage: Storage, leave_out: set[tu
     }
 
 
+def _require_fresh(storage: Storage, lease: Lease) -> None:
+    """Raises: RegistryError if this process slept so long that others do not wait for it any more."""
+    if not lease.is_fresh():
+        raise RegistryError(f"{storage.location}: slept too long while collecting. Run it again.")
+
+
 def _remove_blobs(
     storage: Storage, lease: Lease, unused: dict[str, int], on_progress: Callable[[int, int], None] | None
 ) -> None:
     paths = list(unused)
     for start in range(0, len(paths), _BATCH):
-        if not lease.is_fresh():
-            raise RegistryError(f"{storage.location}: slept too long while collecting. Run it again.")
+        _require_fresh(storage, lease)
         storage.remove(paths[start : start + _BATCH])
         if on_progress is not None:
             on_progress(min(start + _BATCH, len(paths)), len(paths))

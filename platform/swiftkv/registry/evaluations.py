@@ -9,7 +9,7 @@ Called by: registry/registry.py, evaluate/gates.py, cli. Calls: registry/storage
 from datetime import UTC, datetime
 from typing import Literal
 
-from pydantic import JsonValue, ValidationError
+from pydantic import ConfigDict, JsonValue, ValidationError
 
 from swiftkv.config import StrictModel
 from swiftkv.errors import IntegrityError, RegistryError
@@ -20,6 +20,8 @@ from swiftkv.registry.storage import Storage
 
 class LimitResult(StrictModel):
     """One limit of a gate, and what was found."""
+
+    model_config = ConfigDict(ser_json_inf_nan="strings")
 
     limit: str
     """As the gate's file says it."""
@@ -41,6 +43,9 @@ class GateResult(StrictModel):
 
 class EvaluationRecord(StrictModel):
     """One evaluation of a published version."""
+
+    # As in the manifest: a figure that is not a number must stay visible.
+    model_config = ConfigDict(ser_json_inf_nan="strings")
 
     format: Literal[1] = 1
     digest: str

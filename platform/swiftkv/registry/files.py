@@ -180,24 +180,36 @@ def _set_part(
 ) -> None:
     start, size_bytes = index * manifest.part_bytes, manifest.measure_part(entry, index)
     with path.open("rb" if read_part is None else "r+b", buffering=0) as file:
-        found = _hash_part(file.fileno(), start, size_bytes)
+        if read_part is not None and _is_hole(file.fileno(), start, size_bytes):
+            found = "nothing"
+        else:
+            found = _hash_part(file.fileno(), start, size_bytes)
         if found != entry.parts[index] and read_part is not None:
             part = read_part(entry, index)
             found = "nothing" if part is None else hashlib.sha256(part).hexdigest()
             if found == entry.parts[index]:
-                os.pwrite(file.fileno(), memoryview(part), start)
+                _write_all(file.fileno(), memoryview(part), start)
     if found != entry.parts[index]:
         problems[entry.path] = describe_part(entry, index, found)
     count.add(size_bytes)
 
 
-def _hash_part(descriptor: int, start: int, size_bytes: int) -> str:
-    """Of a part of a local file; "nothing" where the file has a hole, as before a part was written."""
+def _write_all(descriptor: int, part: memoryview, start: int) -> None:
+    # A full disk may take a part of the bytes without an error, and gives the error at the next write.
+    while part:
+        written = os.pwrite(descriptor, part, start)
+        part, start = part[written:], start + written
+
+
+def _is_hole(descriptor: int, start: int, size_bytes: int) -> bool:
+    """Whether a part was never written."""
     try:
-        if os.lseek(descriptor, start, os.SEEK_DATA) >= start + size_bytes:
-            return "nothing"
+        return os.lseek(descriptor, start, os.SEEK_DATA) >= start + size_bytes
     except OSError:  # a hole up to the end
-        return "nothing"
+        return True
+
+
+def _hash_part(descriptor: int, start: int, size_bytes: int) -> str:
     digest = hashlib.sha256()
     for offset in range(start, start + size_bytes, _READ_BYTES):
         digest.update(os.pread(descriptor, min(_READ_BYTES, start + size_bytes - offset), offset))
@@ -226,6 +238,15 @@ def check_blobs(storage: Storage, manifest: Manifest, on_progress: OnProgress | 
             if entry.path not in problems and whole.hexdigest() != entry.sha256:
                 problems[entry.path] = f"SHA-256 {entry.sha256} in the manifest, but {whole.hexdigest()} found"
     _raise_problems(f"{storage.location}: {manifest.name}@{manifest.version}", problems)
+
+
+def read_at(path: Path, manifest: Manifest, entry: FileEntry, index: int) -> bytes | None:
+    """A part from a local file that should hold it; None if there is no such file."""
+    try:
+        with path.open("rb", buffering=0) as file:
+            return os.pread(file.fileno(), manifest.measure_part(entry, index), index * manifest.part_bytes)
+    except FileNotFoundError:
+        return None
 
 
 def describe_part(entry: FileEntry, index: int, found: str) -> str:

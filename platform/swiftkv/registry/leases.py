@@ -5,7 +5,7 @@ A publisher relies on blobs that no manifest names yet, its own and those it fou
 and a collector does not begin while one of them is at work. Each writes its lease before it looks for the other's: in a
 store whose reads see all earlier writes, at least one sees the other. A killed owner's lease is not renewed and counts
 no more after LEASE_S, by the store's clock.
-Called by: registry/publishing.py, registry/aliases.py, registry/collecting.py. Calls: registry/storage.py.
+Called by: registry/publishing.py, registry/registry.py, registry/collecting.py. Calls: registry/storage.py.
 """
 
 import threading
@@ -27,6 +27,10 @@ PATIENCE_S = 10.0
 """How long a collector waits for others, who wait for it meanwhile unless they were first."""
 
 _POLL_S = 1.0
+
+
+OnWait = Callable[[str], None]
+"""Called with who is waited for."""
 
 
 class Lease:
@@ -86,7 +90,7 @@ class Lease:
 
 
 @contextmanager
-def changing(storage: Storage, on_wait: Callable[[str], None] | None = None) -> Iterator[Lease]:
+def changing(storage: Storage, on_wait: OnWait | None = None) -> Iterator[Lease]:
     """A block in which nobody collects; it begins when nobody does. `on_wait` is told once who does."""
     told = False
     while True:

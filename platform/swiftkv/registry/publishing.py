@@ -5,7 +5,7 @@ Moves no alias (aliases.py).
 Called by: registry/registry.py. Calls: files.py, leases.py, manifest.py, storage.py.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 from swiftkv.errors import RegistryError, VersionExistsError
 from swiftkv.registry import layout
 from swiftkv.registry.files import PART_BYTES, OnProgress, upload_files
-from swiftkv.registry.leases import changing
+from swiftkv.registry.leases import OnWait, changing
 from swiftkv.registry.manifest import (
     Base,
     FileEntry,
@@ -69,20 +69,24 @@ def publish_draft(
     draft: Draft,
     version: str | None,
     on_progress: OnProgress | None,
-    on_wait: Callable[[str], None] | None,
+    on_wait: OnWait | None,
 ) -> Manifest:
     """The manifest of the version that now exists; `version` None takes the next whole number.
 
     Raises: VersionExistsError if another publisher was first.
     """
     stores_base = draft.base is None or draft.base.stored
-    with changing(storage, on_wait) as lease:
-        files = upload_files(storage, draft.files, draft.base_paths, stores_base, on_progress)
-        manifest = _commit(storage, draft, version, files)
-        if not lease.is_fresh():
-            # This process slept so long that it was taken for dead: blobs may have been collected before the manifest
-            # named them. No one collects them now, and those that are missing are written again.
-            upload_files(storage, draft.files, draft.base_paths, stores_base, None)
+    while True:
+        with changing(storage, on_wait) as lease:
+            files = upload_files(storage, draft.files, draft.base_paths, stores_base, on_progress)
+            # A process that slept is taken for dead, and its blobs may be collected: then all is looked for again.
+            if lease.is_fresh():
+                manifest = _commit(storage, draft, version, files)
+                if lease.is_fresh():
+                    return manifest
+                break
+    with changing(storage, on_wait):  # slept at the commit: no one collects now, and what is missing is written again
+        upload_files(storage, draft.files, draft.base_paths, stores_base, None)
     return manifest
 
 
@@ -131,10 +135,9 @@ def _create(storage: Storage, manifest: Manifest) -> bool:
 def find_next_number(storage: Storage, name: str) -> str:
     """One more than the highest number that a version has or had."""
     taken = [int(known) for known in storage.list_folders(layout.versions_path(name)) if known.isdecimal()]
-    highest = max(taken, default=0)
-    # A local store keeps the empty folder of a manifest that was never written.
-    while highest and all(
-        storage.find_size(path(name, str(highest))) is None for path in (layout.manifest_path, layout.removed_path)
-    ):
-        highest -= 1
-    return str(highest + 1)
+    for number in sorted(taken, reverse=True):
+        # A local store keeps the empty folder of a manifest that was never written.
+        paths = (layout.manifest_path(name, str(number)), layout.removed_path(name, str(number)))
+        if any(storage.find_size(path) is not None for path in paths):
+            return str(number + 1)
+    return "1"

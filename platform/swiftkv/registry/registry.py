@@ -11,6 +11,7 @@ Calls: checks.py, publishing.py, files.py, cache.py, aliases.py, evaluations.py,
 import fcntl
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -22,11 +23,19 @@ from swiftkv.hub import find_model_folder
 from swiftkv.registry import collecting, evaluations, layout
 from swiftkv.registry.aliases import AliasRecord, move_alias, parse_alias, read_alias, roll_back
 from swiftkv.registry.cache import CachedCopy, fetch_into_cache
-from swiftkv.registry.checks import check_checkpoint
+from swiftkv.registry.checks import check_checkpoint, check_without_weights
 from swiftkv.registry.evaluations import EvaluationRecord, GateResult
-from swiftkv.registry.files import OnProgress, ReadPart, check_blobs, fill_folder, find_files, require_space
+from swiftkv.registry.files import (
+    OnProgress,
+    ReadPart,
+    check_blobs,
+    fill_folder,
+    find_files,
+    read_at,
+    require_space,
+)
 from swiftkv.registry.layout import check_name
-from swiftkv.registry.leases import changing
+from swiftkv.registry.leases import OnWait, changing
 from swiftkv.registry.manifest import Base, FileEntry, Manifest, Provenance, parse_manifest
 from swiftkv.registry.publishing import Draft, publish_draft, refuse_existing
 from swiftkv.registry.storage import Storage
@@ -82,7 +91,7 @@ class Registry:
         base: Base | None = None,
         base_paths: Mapping[str, str] | None = None,
         on_progress: OnProgress | None = None,
-        on_wait: Callable[[str], None] | None = None,
+        on_wait: OnWait | None = None,
         allowed_model_types: Collection[str] | None = None,
     ) -> Manifest:
         """The manifest of the new version that holds the files of `folder`.
@@ -178,7 +187,8 @@ class Registry:
         """
         manifest = self.load_manifest(reference)
         copy = fetch_into_cache(manifest, self._build_reader(manifest), on_progress)
-        _check_fetched(copy.path)
+        with _refusing(copy):
+            check_checkpoint(copy.path)
         return FetchedVersion(copy.path, manifest.name, manifest.version, manifest, copy)
 
     def fetch_without_weights(self, reference: str) -> FetchedVersion:
@@ -188,6 +198,8 @@ class Registry:
             update={"files": tuple(entry for entry in manifest.files if not is_weights(entry.path))}
         )
         copy = fetch_into_cache(light, self._build_reader(manifest), None)
+        with _refusing(copy):
+            check_without_weights(copy.path, [entry.path for entry in manifest.files])
         return FetchedVersion(copy.path, manifest.name, manifest.version, manifest, copy)
 
     def stream_tensors(self, reference: str, wants: Callable[[str], bool]) -> Iterator[RawTensor]:
@@ -207,34 +219,42 @@ class Registry:
         if folder.exists():
             raise ConfigError(f"{folder}: exists already. Give a folder that does not.")
         partial = folder.absolute().with_name(f".{folder.name}.{manifest.digest[:16]}.partial")
-        partial.mkdir(parents=True, exist_ok=True)
-        lock = os.open(partial, os.O_RDONLY)
+        try:
+            partial.mkdir(parents=True, exist_ok=True)
+            lock = os.open(partial, os.O_RDONLY)
+        except OSError as error:
+            raise RegistryError(f"{folder}: cannot be written: {error.strerror}.") from None
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             there = sum(file.stat().st_blocks * 512 for file in partial.rglob("*") if file.is_file())
             require_space(partial, manifest.total_bytes - there)
             fill_folder(partial, manifest, self._build_reader(manifest), on_progress)
-            _check_fetched(partial)
+            with _refusing():
+                check_checkpoint(partial)
             partial.rename(folder)
         except BlockingIOError:
             raise RegistryError(f"{folder}: another process pulls into it at this moment.") from None
+        except OSError as error:
+            raise RegistryError(f"{folder}: cannot be written: {error.strerror}.") from None
         finally:
             os.close(lock)
         return manifest
 
-    def set_alias(self, name: str, alias: str, version: str, forced: str | None = None) -> None:
+    def set_alias(
+        self, name: str, alias: str, version: str, forced: str | None = None, on_wait: OnWait | None = None
+    ) -> None:
         """Move an alias to a version; concurrent moves follow one another and each is kept in the history.
 
-        `forced`: why it is moved without a gate, for the history.
+        `forced`: why it is moved without a gate, for the history. `on_wait` is told who collects, if anybody does.
         Raises: VersionNotFoundError if there is no such version; ConfigError for a name that is not allowed.
         """
         self._check_alias(name, alias)
-        with changing(self._storage):
+        with changing(self._storage, on_wait):
             if not self._has_version(name, version):
                 raise self._describe_missing(name, version)
             move_alias(self._storage, name, alias, version, forced)
 
-    def promote(self, reference: str, alias: str, forced: str | None = None) -> Manifest:
+    def promote(self, reference: str, alias: str, forced: str | None = None, on_wait: OnWait | None = None) -> Manifest:
         """Move an alias to a version that has passed its newest gate, or has not, `forced` saying why.
 
         Raises: RegistryError naming the limits that were missed; as `set_alias`.
@@ -243,16 +263,16 @@ class Registry:
         self._check_alias(manifest.name, alias)
         if forced is None:
             evaluations.require_gate(self._storage, manifest)
-        self.set_alias(manifest.name, alias, manifest.version, forced)
+        self.set_alias(manifest.name, alias, manifest.version, forced, on_wait)
         return manifest
 
-    def rollback(self, name: str, alias: str) -> str:
+    def rollback(self, name: str, alias: str, on_wait: OnWait | None = None) -> str:
         """Move an alias to what was promoted before; that version. The history is kept.
 
         Raises: VersionNotFoundError if there is nothing before.
         """
         self._check_alias(name, alias)
-        with changing(self._storage):
+        with changing(self._storage, on_wait):
             return roll_back(self._storage, name, alias)
 
     def add_evaluation(
@@ -288,8 +308,7 @@ class Registry:
         def read(entry: FileEntry, index: int) -> object:
             if entry.base_path is None or manifest.is_stored(entry):
                 return self._storage.read_buffer(layout.blob_path(entry.parts[index]))
-            with (find_base() / entry.base_path).open("rb", buffering=0) as file:
-                return os.pread(file.fileno(), manifest.measure_part(entry, index), index * manifest.part_bytes)
+            return read_at(find_base() / entry.base_path, manifest, entry, index)
 
         return read
 
@@ -309,9 +328,15 @@ class Registry:
         return self._storage.find_size(layout.manifest_path(name, version)) is not None
 
     def _find_newest(self, name: str) -> str:
-        manifests = [self.load_manifest(f"{name}@{version}") for version in self.list_versions(name)]
+        manifests: list[Manifest] = []
+        problem: RegistryError = self._describe_missing(name, None)
+        for version in self.list_versions(name):
+            try:
+                manifests.append(self.load_manifest(f"{name}@{version}"))
+            except RegistryError as error:  # damaged, or of another format: no reason to hide the others
+                problem = error
         if not manifests:
-            raise self._describe_missing(name, None)
+            raise problem
         return max(manifests, key=lambda known: (known.published_at, layout.natural_order(known.version))).version
 
     def _find_alias(self, name: str, alias: str) -> str | None:
@@ -332,9 +357,12 @@ class Registry:
         )
 
 
-def _check_fetched(folder: Path) -> None:
-    """Hashes say that the bytes are the published ones; this, that they are what may be loaded."""
+@contextmanager
+def _refusing(copy: CachedCopy | None = None) -> Iterator[None]:
+    """Hashes say that the bytes are the published ones; what is checked in this block, that they may be loaded."""
     try:
-        check_checkpoint(folder)
+        yield
     except CheckpointError as error:
+        if copy is not None:
+            copy.release()
         raise IntegrityError(f"Published by something else than swiftkv: {error}") from None

@@ -22,7 +22,7 @@ import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, NotModifiedError, PreconditionError
 from obstore.store import LocalStore, from_url
 
-from swiftkv.errors import ConfigError, RegistryError
+from swiftkv.errors import ConfigError, RegistryError, SwiftKVError
 
 if TYPE_CHECKING:
     from obstore import GetOptions, UpdateVersion
@@ -149,11 +149,12 @@ class Storage:
         """Remove objects; those that are not there any more do not matter."""
         if paths and not self._is_absent():
             with self._explained("remove", paths[0]):
-                for path in paths if self.local_root is not None else ():
-                    with suppress(FileNotFoundError):
-                        obstore.delete(self._store, path)
-                if self.local_root is None:
+                try:
                     obstore.delete(self._store, paths)
+                except FileNotFoundError:  # folders and some buckets mind an object that is gone, and stop at it
+                    for path in paths:
+                        with suppress(FileNotFoundError):
+                            obstore.delete(self._store, path)
 
     def remove_staging_files(self, prefix: str, older_than_s: float) -> int:
         """Remove what writers that were killed left below `prefix` of a local folder; how many files.
@@ -174,8 +175,9 @@ class Storage:
             if self.local_root is not None:
                 return LocalStore(prefix=self.local_root)
             # Plain HTTP only to an endpoint that was given as such, as for a store on one's own machine.
-            allow_http = _find_endpoint().startswith("http://")
-            return from_url(self.location, client_options={"allow_http": allow_http}, retry_config=_RETRIES)
+            if self.location.startswith("s3") and _find_endpoint().startswith("http://"):
+                return from_url(self.location, client_options={"allow_http": True}, retry_config=_RETRIES)
+            return from_url(self.location, retry_config=_RETRIES)
 
     @property
     def _writable(self) -> "ObjectStore":
@@ -220,11 +222,15 @@ class Storage:
     def _explained(self, action: str, path: str) -> Iterator[None]:
         try:
             yield
-        except (BaseError, OSError, NotImplementedError) as error:
+        except (BaseError, OSError, NotImplementedError, ValueError) as error:
+            if isinstance(error, SwiftKVError):
+                raise
             raise self._explain(action, path, error) from error
 
     def _explain(self, action: str, path: str, error: Exception) -> RegistryError:
         reason = str(error).split("\n", 1)[0]
+        if "169.254.169.254" in reason:  # where a machine in the cloud asks for its role
+            reason = "no credentials. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or run where a role is given"
         return RegistryError(f"{self.location}: cannot {action} {path or 'the store'}: {reason}")
 
 
@@ -235,6 +241,8 @@ def _find_endpoint() -> str:
 
 
 def _find_local_root(location: str) -> Path | None:
+    if not location:
+        raise ConfigError("Store '': give a folder, or a URL that begins with s3://, gs:// or az://.")
     scheme, separator, rest = location.partition("://")
     if not separator:
         return Path(location).expanduser().absolute()

@@ -45,6 +45,9 @@ def stream_tensors(manifest: Manifest, read_part: ReadPart, wants: Callable[[str
     if INDEX_FILE in entries:
         index = json.loads(_read_range(manifest, entries[INDEX_FILE], read_part, 0, entries[INDEX_FILE].size_bytes))
         files = sorted(set(index["weight_map"].values()))
+    missing = sorted(set(files) - entries.keys())
+    if missing:
+        raise IntegrityError(f"{INDEX_FILE}: names {', '.join(missing)}, which the version lacks.")
     for path in files:
         yield from _stream_file(manifest, entries[path], read_part, wants)
 
@@ -52,9 +55,7 @@ def stream_tensors(manifest: Manifest, read_part: ReadPart, wants: Callable[[str
 def _stream_file(
     manifest: Manifest, entry: FileEntry, read_part: ReadPart, wants: Callable[[str], bool]
 ) -> Iterator[RawTensor]:
-    length = int.from_bytes(_read_range(manifest, entry, read_part, 0, 8), "little")
-    header = json.loads(_read_range(manifest, entry, read_part, 8, 8 + length))
-    header.pop("__metadata__", None)
+    length, header = _read_header(manifest, entry, read_part)
     chosen = sorted(
         (8 + length + about["data_offsets"][0], 8 + length + about["data_offsets"][1], name)
         for name, about in header.items()
@@ -73,6 +74,24 @@ def _stream_file(
             while any(number not in held for number in numbers):
                 held[next(order)] = next(arriving)
             yield RawTensor(name, header[name], _cut(held, size, start, end))
+
+
+def _read_header(manifest: Manifest, entry: FileEntry, read_part: ReadPart) -> tuple[int, dict[str, Any]]:
+    """Length of the header, and what it says of each tensor."""
+    length = 0
+    if entry.size_bytes >= 8:
+        length = int.from_bytes(_read_range(manifest, entry, read_part, 0, 8), "little")
+    try:
+        if not 0 < length <= entry.size_bytes - 8:
+            raise ValueError
+        header = json.loads(_read_range(manifest, entry, read_part, 8, 8 + length))
+        header.pop("__metadata__", None)
+        ends = [about["data_offsets"][1] for about in header.values()]
+        if max(ends, default=0) > entry.size_bytes - 8 - length:
+            raise ValueError
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        raise IntegrityError(f"{entry.path}: not a readable safetensors file.") from None
+    return length, header
 
 
 def _read_range(manifest: Manifest, entry: FileEntry, read_part: ReadPart, start: int, end: int) -> bytes:
