@@ -272,7 +272,7 @@ def test_storage_that_is_full_leaves_the_last_checkpoint(
                     ballast.flush()
             _, said = running.communicate(timeout=300)
         assert running.returncode == 2
-        assert "No space left" in said and f"--resume {folder}" in said and "Traceback" not in said
+        assert "No space left" in said and f"--resume {folder}" in said and "Traceback" not in said, said
         (storage / "ballast").unlink()
         resumed = swiftkv(home, "distill", "--resume", folder)
         assert resumed.returncode == 0, resumed.stderr

@@ -51,10 +51,10 @@ def check_inputs(recipe: Recipe) -> SwiftKVSpec:
 
 def check_storage(storage: str) -> None:
     """Raises: ConfigError if nothing can be written to this folder or bucket."""
-    from pyarrow.fs import FileSystem
+    from swiftkv.distill.recovery import open_storage
 
     try:
-        system, path = FileSystem.from_uri(storage if "://" in storage else Path(storage).absolute().as_uri())
+        system, path = open_storage(storage)
         system.create_dir(path, recursive=True)
         with system.open_output_stream(f"{path}/.written") as probe:
             probe.write(b"")

@@ -34,6 +34,7 @@ from swiftkv.distill.loop import Ending
 from swiftkv.distill.prepare import prepare_rows
 from swiftkv.distill.recipe import Recipe, load_recipe, save_recipe
 from swiftkv.distill.records import draw_curve, read_curve
+from swiftkv.distill.recovery import recover_checkpoint
 from swiftkv.distill.teachers import resolve_teacher
 from swiftkv.distill.worker import STUDENT_FILE, train_worker
 from swiftkv.errors import DivergedError, SwiftKVError, TrainingError
@@ -102,12 +103,15 @@ def _fit(recipe: Recipe, run_folder: Path, rows: Path) -> Any:
     workers, checkpoints = recipe.workers, recipe.checkpoints
     elastic = workers.min_workers is not None and workers.min_workers < workers.num_workers
     storage = checkpoints.storage or str(run_folder)
+    # In a bucket many runs lie side by side, some of the same name.
+    name = f"{run_folder.name}-{read_run_id(run_folder)}" if checkpoints.storage else CHECKPOINTS
     trainer = ray.train.torch.TorchTrainer(
         train_worker,
         train_loop_config={
             "recipe": recipe.model_dump(mode="json"),
             "run_folder": str(run_folder),
             "rows": str(rows),
+            "recovered": recover_checkpoint(storage, name),
         },
         # Checkpoints are gathered on CPUs beside the GPUs' own collectives.
         torch_config=ray.train.torch.TorchConfig(backend="cpu:gloo,cuda:nccl" if workers.use_gpu else "gloo"),
@@ -117,8 +121,7 @@ def _fit(recipe: Recipe, run_folder: Path, rows: Path) -> Any:
             resources_per_worker={"CPU": workers.cpus_per_worker},
         ),
         run_config=ray.train.RunConfig(
-            # In a bucket many runs lie side by side, some of the same name.
-            name=f"{run_folder.name}-{read_run_id(run_folder)}" if checkpoints.storage else CHECKPOINTS,
+            name=name,
             storage_path=storage,
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=checkpoints.keep),
             failure_config=ray.train.FailureConfig(max_failures=workers.max_failures),
@@ -133,14 +136,17 @@ def _fit(recipe: Recipe, run_folder: Path, rows: Path) -> Any:
 
 
 def _explain(error: TrainingFailedError, run_folder: Path, storage: str) -> SwiftKVError:
-    """The failure of the workers in one message: our own errors as they are, the rest with what to do."""
-    causes = list(getattr(error, "worker_failures", {}).values()) or [error]
+    """The failure in one message: our own errors as they are, the rest with what to do."""
+    # Of the workers, or of Ray Train's controller, which writes the list of checkpoints.
+    causes = list(getattr(error, "worker_failures", {}).values()) or [getattr(error, "controller_failure", error)]
     for cause in causes:
         inner = getattr(cause, "_base_exc", cause)  # Ray wraps what a worker raised
         if isinstance(inner, SwiftKVError):
             return inner
     inner = getattr(causes[0], "_base_exc", causes[0])
-    reason = " ".join([type(inner).__name__, *str(inner).strip().splitlines()[:1]])
+    lines = str(inner).strip().splitlines()
+    # What crossed processes brings its traceback, whose last line is the reason.
+    reason = " ".join([type(inner).__name__, *(lines[-1:] if "Traceback" in str(inner) else lines[:1])])
     return TrainingError(
         f"{run_folder.name}: the run failed: {reason}\nWhat was saved in {storage} is kept. When the reason is gone: "
         f"swiftkv distill --resume {run_folder}"

@@ -25,6 +25,7 @@ from swiftkv.distill.loop import Ending, Figures, Place, Training, train
 from swiftkv.distill.parallel import shard_step
 from swiftkv.distill.recipe import Recipe
 from swiftkv.distill.records import RunRecorder
+from swiftkv.distill.recovery import open_storage
 from swiftkv.distill.step import DistillStep
 from swiftkv.errors import TrainingError
 from swiftkv.model.convert import convert_teacher, freeze_teacher
@@ -41,7 +42,7 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     step = build_step(recipe)
     shard_step(step, ray.train.torch.get_device(), place.world_size)
     training = Training(step, recipe, _open_rows(Path(settings["rows"])), place)
-    checkpoint = ray.train.get_checkpoint()
+    checkpoint = ray.train.get_checkpoint() or _open_recovered(recipe, run_folder, settings["recovered"])
     if checkpoint is not None:
         with checkpoint.as_directory() as folder:
             if (Path(folder) / STUDENT_FILE).exists():  # ended already, and the driver died before it was told
@@ -58,6 +59,14 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     if ending.kind == "finished":
         _report_student(step, place.rank, training.curve, scratch)
     return asdict(ending)
+
+
+def _open_recovered(recipe: Recipe, run_folder: Path, path: str | None) -> Checkpoint | None:
+    """The checkpoint that a run goes on from whose list of them was lost."""
+    if path is None:
+        return None
+    system, _ = open_storage(recipe.checkpoints.storage or str(run_folder))
+    return Checkpoint(path, filesystem=system)
 
 
 def _open_rows(folder: Path) -> PackedRows:
