@@ -87,22 +87,20 @@ def upload_files(
     sizes = {path: source.stat().st_size for path, source in files.items()}
     count = _ByteCount(sum(sizes.values()), on_progress)
     with ThreadPoolExecutor(NUM_WORKERS) as pool:
-        return tuple(
-            _upload_file(
-                storage if stores_base or path not in base_paths else None,
-                pool,
-                FileEntry(path=path, size_bytes=sizes[path], sha256="0" * 64, parts=(), base_path=base_paths.get(path)),
-                source,
-                count,
-            )
-            for path, source in files.items()
-        )
+        entries = []
+        for path, source in files.items():
+            own = storage if stores_base or path not in base_paths else None
+            sha256, parts = _upload_file(own, pool, source, sizes[path], count)
+            base_path = base_paths.get(path)
+            entry = FileEntry(path=path, size_bytes=sizes[path], sha256=sha256, parts=parts, base_path=base_path)
+            entries.append(entry)
+    return tuple(entries)
 
 
 def _upload_file(
-    storage: Storage | None, pool: ThreadPoolExecutor, draft: FileEntry, source: Path, count: "_ByteCount"
-) -> FileEntry:
-    """The draft with its hashes. `storage` None: the file is only hashed."""
+    storage: Storage | None, pool: ThreadPoolExecutor, source: Path, size_bytes: int, count: "_ByteCount"
+) -> tuple[str, tuple[str, ...]]:
+    """Hashes of the whole file and of its parts. `storage` None: the file is only hashed."""
     whole = hashlib.sha256()
 
     def store(part: bytes) -> str:
@@ -114,7 +112,7 @@ def _upload_file(
         return digest
 
     def read() -> Iterator[Callable[[], str]]:
-        left = draft.size_bytes
+        left = size_bytes
         with source.open("rb", buffering=0) as file:
             while left and (part := file.read(min(PART_BYTES, left))):
                 whole.update(part)
@@ -124,7 +122,7 @@ def _upload_file(
                 raise CheckpointError(f"{source}: changed while it was published. Publish when nothing writes to it.")
 
     parts = tuple(run_in_order(pool, read()))
-    return draft.model_copy(update={"sha256": whole.hexdigest(), "parts": parts})
+    return whole.hexdigest(), parts
 
 
 def fill_folder(

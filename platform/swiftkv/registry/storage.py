@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, NotModifiedError, PreconditionError
 from obstore.store import LocalStore, from_url
 
-from swiftkv.errors import ConfigError, RegistryError, SwiftKVError
+from swiftkv.errors import ConfigError, RegistryError
 
 if TYPE_CHECKING:
     from obstore import GetOptions, UpdateVersion
@@ -92,15 +92,15 @@ class Storage:
         if self._is_absent():
             raise FileNotFoundError(f"{self.location}/{path}")
         options: GetOptions = {} if tag is None else {"if_none_match": tag}
-        try:
-            result = obstore.get(self._store, path, options=options)
-            return bytes(result.bytes()), result.meta["e_tag"] or ""
-        except NotModifiedError:
-            return None
-        except FileNotFoundError:
-            raise
-        except (BaseError, OSError, NotImplementedError) as error:
-            raise self._explain("read", path, error) from error
+        with self._explained("read", path):
+            try:
+                result = obstore.get(self._store, path, options=options)
+                return bytes(result.bytes()), result.meta["e_tag"] or ""
+            except NotModifiedError:
+                return None
+            except FileNotFoundError:
+                pass  # raised below, where it is not taken for a store that refuses
+        raise FileNotFoundError(f"{self.location}/{path}")
 
     def find_size(self, path: str) -> int | None:
         """An object's bytes by its listing, None if it does not exist."""
@@ -176,8 +176,14 @@ class Storage:
                 return LocalStore(prefix=self.local_root)
             # Plain HTTP only to an endpoint that was given as such, as for a store on one's own machine.
             if self.location.startswith("s3") and _find_endpoint().startswith("http://"):
-                return from_url(self.location, client_options={"allow_http": True}, retry_config=_RETRIES)
-            return from_url(self.location, retry_config=_RETRIES)
+                return self._open_url(client_options={"allow_http": True})
+            return self._open_url()
+
+    def _open_url(self, **settings: Any) -> "ObjectStore":
+        try:
+            return from_url(self.location, retry_config=_RETRIES, **settings)
+        except ValueError as error:  # of a URL that is none; elsewhere one would be a fault of ours
+            raise self._explain("open", "", error) from error
 
     @property
     def _writable(self) -> "ObjectStore":
@@ -222,9 +228,7 @@ class Storage:
     def _explained(self, action: str, path: str) -> Iterator[None]:
         try:
             yield
-        except (BaseError, OSError, NotImplementedError, ValueError) as error:
-            if isinstance(error, SwiftKVError):
-                raise
+        except (BaseError, OSError, NotImplementedError) as error:
             raise self._explain(action, path, error) from error
 
     def _explain(self, action: str, path: str, error: Exception) -> RegistryError:
