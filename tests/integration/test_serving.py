@@ -47,7 +47,9 @@ def student(tmp_path_factory):
 @pytest.fixture(scope="module")
 def published(our_home, student):
     """The student in the home's registry, which `serve` looks into."""
-    Registry(our_home / "registry").publish(student, "tiny", alias="production", provenance=Provenance())
+    registry = Registry(our_home / "registry")
+    registry.publish(student, "tiny", provenance=Provenance())
+    registry.set_alias("tiny", "production", "1")
     return "tiny@production"
 
 
