@@ -48,13 +48,13 @@ def main() -> int:
     parser.add_argument("--data", type=Path, required=True, help="folder of the task data")
     parser.add_argument("--output", type=Path, default=CHECKOUT / ".swiftkv" / "quality", help="where all is kept")
     parser.add_argument("--report", type=Path, help="folder of the table; default: <output>/report")
-    parser.add_argument("--minutes", type=float, default=40.0, help="of the teacher's training")
+    parser.add_argument("--teacher-steps", type=int, help="optimizer steps of the teacher's training; default: its own")
     parser.add_argument("--steps", type=int, help="optimizer steps of each distillation; default: the recipe's")
     arguments = parser.parse_args()
     try:
-        run(arguments.data, arguments.output, arguments.minutes, arguments.steps)
+        run(arguments.data, arguments.output, arguments.teacher_steps, arguments.steps)
         folder, names = arguments.report or arguments.output / "report", [row.name for row in ROWS]
-        write_table(arguments.output, names, folder, describe_command(arguments.minutes, arguments.steps))
+        write_table(arguments.output, names, folder, describe_command(arguments.teacher_steps, arguments.steps))
     except subprocess.CalledProcessError as error:
         print(f"\nquality: failed at: {shlex.join(map(str, error.cmd))}", file=sys.stderr)
         return error.returncode or 1
@@ -64,20 +64,22 @@ def main() -> int:
     return 0
 
 
-def describe_command(minutes: float, steps: int | None) -> str:
+def describe_command(teacher_steps: int | None, steps: int | None) -> str:
     """What measures the table again, without this machine's paths."""
-    own_steps = "" if steps is None else f" --steps {steps}"
-    return f"python examples/quality/run.py --data FOLDER --minutes {minutes:g}{own_steps}"
+    given = {"--teacher-steps": teacher_steps, "--steps": steps}
+    options = "".join(f" {option} {value}" for option, value in given.items() if value is not None)
+    return f"python examples/quality/run.py --data FOLDER{options}"
 
 
-def run(data: Path, output: Path, minutes: float, steps: int | None) -> None:
+def run(data: Path, output: Path, teacher_steps: int | None, steps: int | None) -> None:
     """All steps whose results are not there yet."""
     corpus, teacher = output / "corpus", output / "teacher" / "teacher"
     if not (corpus / "summary.json").exists():
         _call([sys.executable, HERE / "corpus.py", "--data", data, "--output", corpus])
     if not teacher.exists():
         command = [sys.executable, HERE / "teacher.py", "--corpus", corpus, "--output", teacher.parent]
-        _call([*command, "--minutes", minutes, "--resume"])
+        own_steps: list[object] = [] if teacher_steps is None else ["--steps", teacher_steps]
+        _call([*command, *own_steps, "--resume"])
     for row in ROWS:
         folder = output / "runs" / describe_folder(row.name)
         _distill(row, folder, corpus, teacher, steps)
@@ -89,6 +91,8 @@ def run(data: Path, output: Path, minutes: float, steps: int | None) -> None:
                     HERE / "scores.py",
                     "--corpus",
                     corpus,
+                    "--teacher",
+                    teacher,
                     "--student",
                     folder / "final",
                     "--output",

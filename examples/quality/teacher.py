@@ -1,8 +1,7 @@
-"""Trains the teacher of the quality table from scratch: a small Llama, in about 40 minutes on two CPU cores.
+"""Trains the teacher of the quality table from scratch: a small Llama, in half an hour on two CPU cores.
 
-Not a recipe for good models, and no part of the product: `swiftkv` sees an ordinary Hugging Face folder. With `steps`
-the same seed, number of steps and number of threads give the same weights, interrupted or not; with `minutes` the
-learning rates follow the clock.
+Not a recipe for good models, and no part of the product: `swiftkv` sees an ordinary Hugging Face folder. The same
+seed, number of steps and number of threads give the same weights on one kind of processor, interrupted or not.
 Called by: run.py, or by hand: `python teacher.py --corpus DIR --output DIR`; `--resume` goes on after a kill.
 Calls: rows.py, muon.py, transformers; reads what corpus.py wrote. Leaves in the output folder: teacher/,
 teacher-latest/ (a try-out, now and then), state.pt (to go on from), teacher.log and summary.json.
@@ -32,9 +31,10 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from swiftkv.bench.pairs import has_bfloat16_instructions
 from swiftkv.errors import ConfigError, DataError, SwiftKVError
 
-MINUTES = 40.0
+NUM_STEPS = 1500
 CONTEXT_TOKENS = 1024
 ROW_TOKENS = {
     "wikisql": (256,),
@@ -75,11 +75,6 @@ class Progress:
     wikisql_loss: float = math.nan
     spider_loss: float = math.nan
 
-    def compute_reached(self, minutes: float | None, steps: int | None) -> float:
-        """The share of the training that is done, by steps or by time, whichever is more."""
-        by_steps = self.num_steps / steps if steps is not None else 0.0
-        return max(by_steps, self.elapsed_s / (60 * minutes) if minutes is not None else 0.0)
-
 
 @dataclass(frozen=True)
 class TeacherSummary:
@@ -96,20 +91,18 @@ class TeacherSummary:
 def train_teacher(
     corpus: Path,
     output: Path,
-    minutes: float | None = MINUTES,
-    steps: int | None = None,
+    steps: int = NUM_STEPS,
     seed: int = 0,
     resume: bool = False,
     config_changes: dict[str, Any] | None = None,
 ) -> TeacherSummary:
-    """A trained Llama with its tokenizer in `output`/teacher; returns what it took.
+    """A Llama with its tokenizer in `output`/teacher, trained for `steps` optimizer steps; returns what it took.
 
-    `steps` optimizer steps, or as many as fit in `minutes` if those are fewer; one of the two may be None. `resume`
-    goes on from the state in `output`, if there is one. `config_changes` overrides keys of the model's config.
-    Raises: ConfigError without steps and minutes, or if one is not above 0; DataError if `corpus` was not written by
-    corpus.py.
+    `resume` goes on from the state in `output`, if there is one. `config_changes` overrides keys of the model's config.
+    Raises: ConfigError if `steps` is not above 0; DataError if `corpus` was not written by corpus.py.
     """
-    _check_length(minutes, steps)
+    if steps <= 0:
+        raise ConfigError(f"steps: {steps} given, a number above 0 is allowed. Give more, or leave it out.")
     tokenizer = load_tokenizer(corpus)
     torch.manual_seed(seed)
     model = build_model(tokenizer, config_changes or {})
@@ -119,7 +112,7 @@ def train_teacher(
     if resume and (output / STATE_FILE).is_file():
         progress = load_state(output / STATE_FILE, model, optimizers)
     batches = islice(iterate_steps(corpus, tokenizer, seed), progress.num_steps, None)
-    _train(model, optimizers, batches, progress, minutes, steps, _Keeper(output, tokenizer, progress.elapsed_s))
+    _train(model, optimizers, batches, progress, steps, _Keeper(output, tokenizer, progress.elapsed_s))
     save_teacher(model, tokenizer, output / "teacher")
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     summary = TeacherSummary(
@@ -129,28 +122,19 @@ def train_teacher(
     return summary
 
 
-def _check_length(minutes: float | None, steps: int | None) -> None:
-    if steps is None and minutes is None:
-        raise ConfigError("steps and minutes are both None: nothing ends the training. Give at least one of them.")
-    for name, value in (("steps", steps), ("minutes", minutes)):
-        if value is not None and value <= 0:
-            raise ConfigError(f"{name}: {value} given, a number above 0 is allowed. Give more, or leave it out.")
-
-
 def _train(
     model: LlamaForCausalLM,
     optimizers: list[torch.optim.Optimizer],
     batches: Iterator[list[list[Row]]],
     progress: Progress,
-    minutes: float | None,
-    steps: int | None,
+    steps: int,
     keeper: "_Keeper",
 ) -> None:
     before_s, started = progress.elapsed_s, time.monotonic()
-    while (reached := progress.compute_reached(minutes, steps)) < 1.0:
-        train_step(model, optimizers, next(batches), progress, reached)
+    while progress.num_steps < steps:
+        train_step(model, optimizers, next(batches), progress, progress.num_steps / steps)
         progress.elapsed_s = before_s + time.monotonic() - started
-        keeper.keep(model, optimizers, progress, progress.compute_reached(minutes, steps))
+        keeper.keep(model, optimizers, progress, progress.num_steps / steps)
 
 
 def iterate_steps(corpus: Path, tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[list[list[Row]]]:
@@ -240,7 +224,8 @@ def train_step(
 
 def _add_gradients(model: LlamaForCausalLM, rows: list[Row], total_weight: float) -> float:
     """Those of the rows' share of the loss; returns their mean loss over answer tokens."""
-    losses, weights = compute_losses(model, rows)
+    with torch.autocast("cpu", torch.bfloat16, enabled=has_bfloat16_instructions()):
+        losses, weights = compute_losses(model, rows)
     ((losses * weights).sum() / total_weight).backward()
     return float(losses.detach()[weights == 1.0].mean())
 
@@ -352,15 +337,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Train the small Llama of the quality table.")
     parser.add_argument("--corpus", type=Path, required=True, metavar="DIR", help="folder that corpus.py wrote")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the new model")
-    parser.add_argument("--minutes", type=float, default=MINUTES, help=f"of training; default {MINUTES:.0f}")
-    parser.add_argument("--steps", type=int, help="end after so many, if that is sooner; default: by the time alone")
+    parser.add_argument("--steps", type=int, default=NUM_STEPS, help=f"optimizer steps; default {NUM_STEPS}")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the order of the rows")
     parser.add_argument("--resume", action="store_true", help="go on from the state in the output folder")
     arguments = parser.parse_args()
     try:
-        summary = train_teacher(
-            arguments.corpus, arguments.output, arguments.minutes, arguments.steps, arguments.seed, arguments.resume
-        )
+        summary = train_teacher(arguments.corpus, arguments.output, arguments.steps, arguments.seed, arguments.resume)
     except SwiftKVError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

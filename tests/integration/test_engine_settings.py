@@ -22,6 +22,8 @@ from safetensors.torch import load_file
 
 from swiftkv.engine.llm import run_engine
 from swiftkv.engine.settings import EngineSettings
+from swiftkv.evaluate.tasks import generate_answers
+from swiftkv.model.checkpoint import load_tokenizer
 from swiftkv.spec import SwiftKVSpec
 
 pytestmark = pytest.mark.engine
@@ -344,6 +346,18 @@ class TestLittleMemory:
         answers = answer_all(engine, prompts, new_tokens=60)
         assert read_counter(engine, "vllm:num_preemptions") - preempted >= 2
         assert_same(*load_weights(student), prompts, answers, new_tokens=60)
+
+    def test_task_answers_end_at_the_end_token_and_come_in_order(self, engine: Any, student: Path) -> None:
+        tokenizer, texts = load_tokenizer(student), ["ab", "some words", "other text that is longer", "ab"]
+        plain = [generate_greedy(*load_weights(student), list(text.encode()), 8) for text in texts]
+        # The third token of the first answer ends an answer; the model knows nothing of it.
+        end = plain[0][2]
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
+        assert len({end in row for row in plain}) == 2, "one that ends and one that does not"
+        expected = [
+            tokenizer.decode(row[: row.index(end)] if end in row else row, skip_special_tokens=True) for row in plain
+        ]
+        assert generate_answers(engine, tokenizer, texts, 8) == expected
 
     def test_log_probabilities_of_prompts_are_refused_and_of_sampled_tokens_right(
         self, engine: Any, student: Path

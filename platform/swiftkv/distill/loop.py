@@ -83,7 +83,7 @@ class Training:
     def __init__(self, step: DistillStep, recipe: Recipe, rows: PackedRows, place: Place = Place()) -> None:
         self.step, self.settings, self.rows, self.place = step, recipe.training, rows, place
         self.trained = [parameter for parameter in step.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.trained, lr=self.settings.learning_rate, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(self.trained, lr=self.settings.learning_rate, weight_decay=0.0, fused=True)
         self.curve = torch.zeros(0, len(CURVE_COLUMNS), dtype=torch.float64)
         """One row per step done, of CURVE_COLUMNS."""
         self.bfloat16 = _agree(uses_bfloat16(self.settings.precision, step), place)

@@ -1,9 +1,10 @@
 """Scores a student, or its teacher, by a task's own measure: greedy answers against the right ones.
 
-Through the Hugging Face model, many answers at a time. Does not read files and does not decide whether a version is
-good enough.
-Called by: examples/quality/run.py.
-Calls: model/modeling.py, evaluate/compare.py.
+Answers come from the engine that serves: a loss of quality may be the engine's as well as the weights'. Where answers
+are only compared with the teacher's, the Hugging Face model does it. Does not read files and does not decide whether a
+version is good enough.
+Called by: examples/quality/scores.py.
+Calls: engine/llm.py, evaluate/compare.py.
 
 Shapes: B items of a batch, T tokens, V vocabulary.
 """
@@ -16,17 +17,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
+from swiftkv.engine.llm import generate_greedy
 from swiftkv.errors import DataError
 from swiftkv.evaluate.compare import Comparison, compare_at_positions, compute_batch_tokens
 from swiftkv.model.modeling import SwiftKVForCausalLM
 
 Item = Mapping[str, str]
 """A task item: its `prompt` and the right `response`."""
-
-_GENERATION_TOKENS = 2**14
-"""Tokens that a batch's cache holds at the most."""
 
 
 @dataclass(frozen=True)
@@ -51,14 +49,8 @@ class MatchDifference:
     """Of the difference; smaller than that of two separate samples, since both find the same items hard."""
 
 
-def score_task(
-    model: SwiftKVForCausalLM, tokenizer: Any, items: Sequence[Item], max_new_tokens: int, teacher: bool
-) -> TaskScore:
-    """Greedy answers to all items, scored.
-
-    Raises: what `generate_answers` raises.
-    """
-    answers = generate_answers(model, tokenizer, [item["prompt"] for item in items], max_new_tokens, teacher)
+def score_answers(answers: Sequence[str], items: Sequence[Item]) -> TaskScore:
+    """The answers to all items, in their order, scored."""
     pairs = [(answer.strip(), item["response"].strip()) for answer, item in zip(answers, items, strict=True)]
     matches = tuple(answer == response for answer, response in pairs)
     rouge_l = math.fsum(compute_rouge_l(answer, response) for answer, response in pairs) / len(pairs)
@@ -93,56 +85,17 @@ def compare_answers(model: SwiftKVForCausalLM, tokenizer: Any, items: Sequence[I
     )
 
 
-def generate_answers(
-    model: SwiftKVForCausalLM, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int, teacher: bool
-) -> list[str]:
-    """The likeliest next token, again and again, until the end token or `max_new_tokens`; special tokens left out.
+def generate_answers(llm: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
+    """What an engine (`run_engine`) finds likeliest after each prompt, up to the end token or `max_new_tokens`.
 
-    Raises: DataError if there are no prompts or the tokenizer has no end token; CheckpointError if `teacher` and the
-    checkpoint was stored without it.
+    Special tokens are left out.
+    Raises: DataError if there are no prompts or the tokenizer has no end token.
     """
     end_token = _find_end_token(tokenizer)
     ids = _tokenise(tokenizer, prompts, as_prompt=True)
-    model.eval()
-    answers = [""] * len(prompts)
-    for batch in _split_by_length([len(prompt) + max_new_tokens for prompt in ids], _GENERATION_TOKENS):
-        generated = generate_greedily(model, [ids[i] for i in batch], max_new_tokens, end_token, teacher)
-        for i, tokens in zip(batch, generated, strict=True):
-            answers[i] = tokenizer.decode(tokens, skip_special_tokens=True)
-    return answers
-
-
-@torch.no_grad()
-def generate_greedily(
-    model: SwiftKVForCausalLM, prompts: Sequence[Sequence[int]], max_new_tokens: int, end_token: int, teacher: bool
-) -> list[list[int]]:
-    """The tokens after each prompt, before the end token; prompts are filled up in front and share one cache."""
-    longest = max(map(len, prompts))
-    fed_BT = torch.tensor([[end_token] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
-    places_BT = torch.arange(longest + max_new_tokens) - torch.tensor([[longest - len(prompt)] for prompt in prompts])
-    row_B = torch.arange(len(prompts))
-    generated: list[list[int]] = [[] for _ in prompts]
-    cache, first = DynamicCache(), 0
-    for end in range(longest, longest + max_new_tokens):
-        logits_BTV = model(
-            input_ids=fed_BT,
-            attention_mask=(places_BT[:, :end] >= 0).long(),
-            position_ids=places_BT[:, first:end].clamp(min=0),
-            past_key_values=cache,
-            logits_to_keep=1,
-            teacher=teacher,
-        ).logits
-        next_B = logits_BTV[:, -1].argmax(-1)
-        going_on_B = (next_B != end_token).nonzero()[:, 0]
-        if len(going_on_B) < len(next_B):
-            cache.batch_select_indices(going_on_B)
-            next_B, places_BT, row_B = (values[going_on_B] for values in (next_B, places_BT, row_B))
-        for row, token in zip(row_B.tolist(), next_B.tolist(), strict=True):
-            generated[row].append(token)
-        if len(row_B) == 0:
-            break
-        fed_BT, first = next_B[:, None], end
-    return generated
+    outputs = generate_greedy(llm, ids, max_new_tokens, ignore_eos=False, stop_token_ids=[end_token])
+    answers = [[token for token in output.outputs[0].token_ids if token != end_token] for output in outputs]
+    return list(tokenizer.batch_decode(answers, skip_special_tokens=True))
 
 
 def compute_rouge_l(answer: str, response: str) -> float:

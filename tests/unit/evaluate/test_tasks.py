@@ -1,15 +1,15 @@
-"""Task scores against plain greedy loops of the independent reference, and against counts made by hand."""
+"""Task scores against counts made by hand, comparisons against the independent reference.
+
+Answers of a real engine: tests/integration/test_engine_settings.py.
+"""
 
 import math
-import random
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from fakes import random_prompt_ids, write_student, write_teacher
+from fakes import write_student
 from reference import compute_logits, load_weights
-from transformers import LlamaForCausalLM
 
 from swiftkv.errors import CheckpointError, DataError
 from swiftkv.evaluate.tasks import (
@@ -18,15 +18,9 @@ from swiftkv.evaluate.tasks import (
     compare_matches,
     compute_rouge_l,
     generate_answers,
-    generate_greedily,
-    score_task,
+    score_answers,
 )
 from swiftkv.model.checkpoint import load_student, load_tokenizer
-from swiftkv.model.convert import convert_teacher
-
-PROMPTS = [random_prompt_ids(random.Random(seed), length) for seed, length in enumerate((3, 17, 8, 1))]
-NEVER = 257
-"""The fakes' end token, which a random fake never finds likeliest."""
 
 
 @pytest.fixture(scope="module")
@@ -34,68 +28,10 @@ def student_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_student(tmp_path_factory.mktemp("student"), key_value_group_size=2, num_key_value_layers=2)
 
 
-def generate_plainly(folder: Path, prompt: list[int], num_tokens: int, mode: str) -> list[int]:
-    """One prompt, no cache, no padding."""
-    config, weights = load_weights(folder)
-    ids = list(prompt)
-    for _ in range(num_tokens):
-        ids.append(int(compute_logits(config, weights, ids, mode=mode)[-1].argmax()))
-    return ids[len(prompt) :]
-
-
-@pytest.mark.parametrize("teacher", [False, True])
-def test_padded_batches_with_a_cache_answer_as_one_by_one_without(student_folder: Path, teacher: bool) -> None:
-    generated = generate_greedily(load_student(student_folder), PROMPTS, 9, NEVER, teacher)
-    mode = "teacher" if teacher else "student"
-    assert generated == [generate_plainly(student_folder, prompt, 9, mode) for prompt in PROMPTS]
-
-
-def test_teacher_and_student_answer_differently_here(student_folder: Path) -> None:
-    model = load_student(student_folder)
-    student, teacher = (generate_greedily(model, PROMPTS, 9, NEVER, teacher) for teacher in (False, True))
-    assert student != teacher, "else the tests above show little"
-
-
-def test_the_teacher_answers_as_its_own_folder_does(tmp_path: Path) -> None:
-    folder = write_teacher(tmp_path)
-    generated = generate_greedily(convert_teacher(folder, num_key_value_layers=3), PROMPTS[1:2], 9, NEVER, teacher=True)
-    own = LlamaForCausalLM.from_pretrained(folder).generate(
-        torch.tensor(PROMPTS[1:2]), max_new_tokens=9, do_sample=False, eos_token_id=NEVER
-    )
-    assert generated == own[:, len(PROMPTS[1]) :].tolist()
-
-
-def test_an_answer_ends_at_its_end_token_and_others_go_on(student_folder: Path) -> None:
-    model, tokenizer = load_student(student_folder), load_tokenizer(student_folder)
-    texts = ["ab", "some words", "other text that is longer"]
-    plain = [generate_plainly(student_folder, list(text.encode()), 8, "student") for text in texts]
-    # The third token of the first answer ends an answer; the model knows nothing of it.
-    end = plain[0][2]
-    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
-    expected = [
-        tokenizer.decode(row[: row.index(end)] if end in row else row, skip_special_tokens=True) for row in plain
-    ]
-    assert len({end in row for row in plain}) == 2, "one that ends and one that does not"
-    assert generate_answers(model, tokenizer, texts, 8, teacher=False) == expected
-
-
-def test_answers_come_in_the_order_of_the_items_whatever_the_batches(
-    student_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, tokenizer = load_student(student_folder), load_tokenizer(student_folder)
-    texts = ["c" * length for length in (30, 2, 11, 7, 30, 1)]
-    together = generate_answers(model, tokenizer, texts, 6, teacher=True)
-    monkeypatch.setattr("swiftkv.evaluate.tasks._GENERATION_TOKENS", 26)
-    assert generate_answers(model, tokenizer, texts, 6, teacher=True) == together
-    assert together[0] == together[4] != together[1]
-
-
-def test_score_by_hand(student_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_score_by_hand() -> None:
     given = [" SELECT a FROM t\n", "SELECT A FROM t", "SELECT a", "", "x y"]
     right = ["SELECT a FROM t", "SELECT a FROM t", "SELECT a FROM t", "z", "x y "]
-    monkeypatch.setattr("swiftkv.evaluate.tasks.generate_answers", lambda *arguments: given)
-    items = [{"prompt": "?", "response": response} for response in right]
-    score = score_task(load_student(student_folder), None, items, 4, teacher=False)
+    score = score_answers(given, [{"prompt": "?", "response": response} for response in right])
     assert score.matches == (True, False, False, False, True)
     assert (score.items, score.exact_match_frac) == (5, 2 / 5)
     assert score.rouge_l == pytest.approx((1 + 1 + 2 * 2 / (2 + 4) + 0 + 1) / 5)
@@ -174,12 +110,12 @@ def test_what_cannot_be_scored_is_refused(student_folder: Path, tmp_path: Path) 
     items = [{"prompt": "a", "response": "b"}]
     stripped = load_student(write_student(tmp_path, keep_teacher_projections=False))
     with pytest.raises(CheckpointError, match="has no teacher"):
-        score_task(stripped, tokenizer, items, 2, teacher=True)
+        compare_answers(stripped, tokenizer, items)
     with pytest.raises(DataError, match="0 items"):
-        score_task(model, tokenizer, [], 2, teacher=False)
+        generate_answers(None, tokenizer, [], 2)
     with pytest.raises(DataError, match="0 items"):
         compare_answers(model, tokenizer, [])
     endless: Any = load_tokenizer(student_folder)
     endless.eos_token = None
     with pytest.raises(DataError, match="no end token"):
-        score_task(model, endless, items, 2, teacher=False)
+        generate_answers(None, endless, ["a"], 2)
