@@ -121,5 +121,6 @@ def test_scores_are_those_of_the_weights_and_decide_a_promotion(folder, student,
     assert scores["own_chosen"]["teacher"]["acc"] == pytest.approx(
         compute_accuracy(model, tokenizer, prompts, choices, teacher=True)
     )
+    assert figures["quantisation"] == {"student": "none", "teacher": "none"}
     assert figures["harness"]["settings"]["lm_eval"] and "student" in figures["harness"]["outputs"]
     registry.promote("tiny@1", "production")

@@ -103,7 +103,7 @@ def _find_subject(model: str, provenance: Path | None, store: str | None) -> _Su
         return _Subject(
             folder,
             _read_text(recorded.get("folder")),
-            lambda figures, verdict: _keep_in_file(provenance, figures, verdict),
+            lambda figures, verdict: _keep_in_file(folder, provenance, figures, verdict),
         )
     if provenance is not None:
         raise ConfigError("--provenance is of a folder; the figures of a published version are kept beside it.")
@@ -123,10 +123,13 @@ def _read_text(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _keep_in_file(provenance: Path | None, figures: dict[str, Any], verdict: "GateResult | None") -> str:
+def _keep_in_file(folder: Path, provenance: Path | None, figures: dict[str, Any], verdict: "GateResult | None") -> str:
+    from swiftkv.registry.measured import HASH_KEY, hash_student
+
     if provenance is None:
         return "kept nowhere: give --provenance to publish the figures with the model"
     content = json.loads(provenance.read_text(encoding="utf-8"))
+    figures = figures | {HASH_KEY: hash_student(folder)}
     content["evaluation"] = figures | ({} if verdict is None else {"gate": verdict.model_dump(mode="json")})
     provenance.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return f"kept in {provenance}"

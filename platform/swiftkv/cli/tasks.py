@@ -13,6 +13,7 @@ from swiftkv.cluster import Cluster, choose_ports, find_cluster, start_cluster, 
 from swiftkv.engine.settings import EngineSettings
 from swiftkv.errors import ClusterError, ConfigError
 from swiftkv.evaluate.harness import Harness, Scores
+from swiftkv.evaluate.quantisation import describe_quantisation
 from swiftkv.serving.config import ServeSettings
 
 
@@ -28,11 +29,13 @@ class Endpoint:
 def score_tasks(
     harness: Harness, student: Path, teacher: Path, endpoint: str | None, teacher_endpoint: str | None, eager: bool
 ) -> dict[str, Any]:
-    """The figures `tasks`, by task and model, and `harness`, its settings and own outputs.
+    """The figures `tasks`, by task and model, `quantisation` of both models, and `harness`, its settings and outputs.
 
     `endpoint` and `teacher_endpoint`: where the two are served already; None serves them here, one after the other,
     `eager` without compiling.
     """
+    from swiftkv.model.checkpoint import read_config
+
     with _Servers(eager) as servers:
         of_student = _score_served(harness, "student", student, endpoint, servers)
         of_teacher = _score_served(harness, "teacher", teacher, teacher_endpoint, servers)
@@ -53,6 +56,10 @@ def score_tasks(
     asked = {"student": endpoint or "served for it", "teacher": teacher_endpoint or "served for it"}
     return {
         "tasks": tasks,
+        "quantisation": {
+            who: describe_quantisation(read_config(folder))
+            for who, folder in (("student", student), ("teacher", teacher))
+        },
         "harness": {"settings": harness.settings.describe(), "endpoints": asked, "outputs": harness.outputs},
     }
 

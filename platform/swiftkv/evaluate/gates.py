@@ -49,11 +49,25 @@ class Limit(StrictModel):
         return getattr(self, name) is not None
 
     def check(self, figures: Mapping[str, Any]) -> LimitResult:
-        """Whether the figures keep it; a figure that is absent or no number does not."""
+        """Whether the figures keep it; a figure that is absent or no number does not.
+
+        Nor does a task's figure beside that of a teacher which is quantised otherwise: their difference would be that
+        of the quantisations as well.
+        """
         value, other = _find(figures, self.figure), _find(figures, self.of) if self.of else 0.0
         found = None if value is None or other is None else self._compute(value, other)
-        passed = found is not None and self._allows(found)
-        return LimitResult(limit=self.describe(), found=found, passed=passed)
+        unequal = self._describe_unequal(figures)
+        passed = found is not None and self._allows(found) and not unequal
+        return LimitResult(limit=self.describe() + unequal, found=found, passed=passed)
+
+    def _describe_unequal(self, figures: Mapping[str, Any]) -> str:
+        quantisation = figures.get("quantisation")
+        if self.of is None or not self.of.startswith("tasks.") or not isinstance(quantisation, Mapping):
+            return ""
+        student, teacher = quantisation.get("student"), quantisation.get("teacher")
+        if student == teacher:
+            return ""
+        return f", at equal quantisation (student: {student}; teacher: {teacher})"
 
     def describe(self) -> str:
         """The limit in a line."""

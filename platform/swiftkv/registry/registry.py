@@ -5,7 +5,7 @@
     models/<name>/aliases/<alias>.json              moved by compare-and-swap, with its history
 
 Called by: cli/models.py, the distill job, serving.
-Calls: checks.py, publishing.py, files.py, cache.py, aliases.py, evaluations.py, collecting.py.
+Calls: checks.py, measured.py, publishing.py, files.py, cache.py, aliases.py, evaluations.py, collecting.py.
 """
 
 import fcntl
@@ -37,6 +37,7 @@ from swiftkv.registry.files import (
 from swiftkv.registry.layout import check_name
 from swiftkv.registry.leases import OnWait, changing
 from swiftkv.registry.manifest import Base, FileEntry, Manifest, Provenance, parse_manifest
+from swiftkv.registry.measured import require_own_gate
 from swiftkv.registry.publishing import Draft, publish_draft, refuse_existing
 from swiftkv.registry.storage import Storage
 from swiftkv.registry.streaming import RawTensor, is_weights, stream_tensors
@@ -99,15 +100,17 @@ class Registry:
         `version` None takes the next whole number. Each file is read once; parts that the store has already are not
         sent again; names that begin with a dot are left out. `base_paths`: the files that are the base's -> its names
         for them. `on_wait` is told who collects, if that is waited for. `allowed_model_types` None allows every family.
-        Raises: CheckpointError if the folder is no SwiftKV checkpoint that is safe to load; VersionExistsError
-        if the version exists or another publisher of it was first; ConfigError for a name that is not allowed.
+        Raises: CheckpointError if the folder is no SwiftKV checkpoint that is safe to load, or the provenance has a
+        gate's verdict on another one; VersionExistsError if the version exists or another publisher of it was first;
+        ConfigError for a name that is not allowed.
         """
         check_name(name, "Model name")
         if version is not None:
             self._check_new_version(name, version)
         folder = Path(folder)
-        spec = check_checkpoint(folder, allowed_model_types)
-        draft = Draft(name, find_files(folder), spec, provenance or Provenance(), base, base_paths or {})
+        spec, origin = check_checkpoint(folder, allowed_model_types), provenance or Provenance()
+        require_own_gate(folder, origin.evaluation)
+        draft = Draft(name, find_files(folder), spec, origin, base, base_paths or {})
         return publish_draft(self._storage, draft, version, on_progress, on_wait)
 
     def resolve(self, reference: str) -> tuple[str, str]:

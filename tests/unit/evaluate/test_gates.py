@@ -59,6 +59,26 @@ def test_limits(limit, found, passed):
     assert (result.passed, result.limits[0].passed) == (passed, passed)
 
 
+@pytest.mark.parametrize(("teacher", "passed"), [("none", False), ("fp8", True)])
+def test_tasks_are_compared_at_equal_quantisation_only(teacher, passed):
+    limit = {
+        "figure": "tasks.gsm8k.student.exact_match",
+        "of": "tasks.gsm8k.teacher.exact_match",
+        "lost_points_at_most": 2,
+    }
+    gate = parse_settings({"name": "g", "limits": [limit]}, Gate, "gate")
+    result = gate.judge(FIGURES | {"quantisation": {"student": "fp8", "teacher": teacher}})
+    assert result.passed == passed
+    assert result.limits[0].found == pytest.approx(1.2), "the figure is told all the same"
+    assert ("student: fp8; teacher: none" in result.limits[0].limit) == (not passed)
+
+
+def test_perplexities_come_from_one_folder_whatever_its_quantisation():
+    limit = {"figure": "student_after.student_perplexity", "of": "teacher_perplexity", "ratio_at_most": 1.05}
+    figures = FIGURES | {"quantisation": {"student": "fp8", "teacher": "none"}}
+    assert parse_settings({"name": "g", "limits": [limit]}, Gate, "gate").judge(figures).passed
+
+
 def test_a_figure_that_is_no_number_never_passes():
     limits = [{"figure": "student_after.broken", "at_most": 1e9}, {"figure": "student_after.broken", "at_least": -1e9}]
     assert not any(limit.passed for limit in Gate(name="g", limits=limits).judge(FIGURES).limits)

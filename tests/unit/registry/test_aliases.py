@@ -7,6 +7,7 @@ import pytest
 from swiftkv.errors import IntegrityError, RegistryError, VersionNotFoundError
 from swiftkv.registry.evaluations import GateResult, LimitResult
 from swiftkv.registry.manifest import Provenance
+from swiftkv.registry.measured import hash_student
 
 
 @pytest.fixture
@@ -96,7 +97,8 @@ def test_only_what_passed_its_newest_gate_is_promoted(versions):
 
 def test_a_gate_passed_before_publishing_counts(registry, checkpoint):
     for passed in (True, False):
-        evaluation = {"kl_nats": 0.5, "gate": build_result(passed).model_dump(mode="json")}
+        gate = build_result(passed).model_dump(mode="json")
+        evaluation = {"kl_nats": 0.5, "student_sha256": hash_student(checkpoint), "gate": gate}
         registry.publish(checkpoint, "tiny", provenance=Provenance(evaluation=evaluation))
     registry.promote("tiny@1", "production")
     with pytest.raises(RegistryError, match="did not pass"):
