@@ -3,6 +3,7 @@
 Turns errors that a user can cause into one message and exit status 2. Called by: the `swiftkv` script.
 """
 
+import signal
 import sys
 
 import typer
@@ -33,8 +34,12 @@ app.add_typer(bench_app, name="bench")
 
 
 def main() -> None:
-    """Run the command line; exit status 2 for what the user can mend, 130 for Ctrl-C."""
+    """Run the command line; exit status 2 for what the user can mend, 130 for Ctrl-C and the like."""
     keep_caches_at_home()
+    # A closed terminal or a supervisor's SIGTERM means the same as Ctrl-C: leave nothing behind. Not under nohup.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
     try:
         app()
     except SwiftKVError as error:
