@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from swiftkv.distill.losses import sum_hidden_loss, sum_logits_kl
 from swiftkv.model.modeling import SwiftKVForCausalLM
-from swiftkv.model.states import Boundary, LaterStates
+from swiftkv.model.states import Boundary, LaterStates, choose_positions
 
 
 @dataclass
@@ -33,14 +33,10 @@ class Batch:
     @classmethod
     def from_mask(cls, input_ids_BT: Tensor, mask_BT: Tensor, position_ids_BT: Tensor | None = None) -> "Batch":
         """Rows with a loss where the mask is True, on the device of the mask."""
-        counts_B = mask_BT.sum(1)
-        longest = int(counts_B.max())
-        if longest == mask_BT.shape[1] and bool(mask_BT.all()):
+        if bool(mask_BT.all()):
             return cls(input_ids_BT, position_ids_BT=position_ids_BT)
-        # Stable, so that a row's positions come first and in order; what fills up is a position without loss.
-        positions_BS = mask_BT.logical_not().byte().argsort(dim=1, stable=True)[:, : max(longest, 1)]
-        fills_BS = torch.arange(positions_BS.shape[1], device=mask_BT.device) >= counts_B.unsqueeze(1)
-        return cls(input_ids_BT, positions_BS, ~fills_BS if bool(fills_BS.any()) else None, position_ids_BT)
+        positions_BS, counts_BS = choose_positions(mask_BT)
+        return cls(input_ids_BT, positions_BS, None if bool(counts_BS.all()) else counts_BS, position_ids_BT)
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on another device."""

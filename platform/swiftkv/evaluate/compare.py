@@ -5,7 +5,7 @@ is good enough.
 Called by: cli/evaluate.py, evaluate/tasks.py.
 Calls: model/modeling.py.
 
-Shapes: B rows, T tokens, S scored positions, D hidden, V vocabulary.
+Shapes: B rows, T tokens, S positions chosen of each row, N scored positions, D hidden, V vocabulary.
 """
 
 import math
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from swiftkv.model.modeling import SwiftKVForCausalLM
+from swiftkv.model.states import Boundary, choose_positions
 from swiftkv.text import Rows
 
 _BATCH_LOGITS_BYTES = 2**28
@@ -68,19 +69,28 @@ def compare_at_positions(model: SwiftKVForCausalLM, batches: Iterable[tuple[Tens
     for ids_BT, predicts_BT in batches:
         scored_BT = predicts_BT[:, :-1]
         boundary = model.model.compute_boundary(ids_BT)
-        teacher_SV, student_SV = (
-            F.log_softmax(model.lm_head(states.last_BTD[:, :-1][scored_BT]).float(), dim=-1)
-            for states in (model.model.run_teacher_half(boundary), model.model.run_student_half(boundary))
+        teacher_ND = model.model.run_teacher_half(boundary).last_BTD[:, :-1][scored_BT]
+        student_ND = _run_student(model, boundary, scored_BT)
+        teacher_NV, student_NV = (
+            F.log_softmax(model.lm_head(states_ND).float(), dim=-1) for states_ND in (teacher_ND, student_ND)
         )
-        sums += _sum_scores(teacher_SV, student_SV, ids_BT[:, 1:][scored_BT])
+        sums += _sum_scores(teacher_NV, student_NV, ids_BT[:, 1:][scored_BT])
         positions += int(scored_BT.sum())
     teacher_nll, student_nll, agreement, kl = (float(value) / positions for value in sums)
     return Comparison(positions, math.exp(teacher_nll), math.exp(student_nll), agreement, kl)
 
 
-def _sum_scores(teacher_SV: Tensor, student_SV: Tensor, targets_S: Tensor) -> np.ndarray:
-    teacher_nll = F.nll_loss(teacher_SV, targets_S, reduction="sum")
-    student_nll = F.nll_loss(student_SV, targets_S, reduction="sum")
-    agreement = (teacher_SV.argmax(-1) == student_SV.argmax(-1)).sum()
-    kl = F.kl_div(student_SV, teacher_SV, reduction="sum", log_target=True)
+def _run_student(model: SwiftKVForCausalLM, boundary: Boundary, scored_BT: Tensor) -> Tensor:
+    """The student's last states at the scored positions, of which no other's depend. Shapes: [B, T] -> [N, D]."""
+    if bool(scored_BT.all()):
+        return model.model.run_student_half(boundary).last_BTD[:, :-1].flatten(0, 1)
+    positions_BS, counts_BS = choose_positions(scored_BT)
+    return model.model.run_student_half(boundary, positions_BS).last_BTD[counts_BS]
+
+
+def _sum_scores(teacher_NV: Tensor, student_NV: Tensor, targets_N: Tensor) -> np.ndarray:
+    teacher_nll = F.nll_loss(teacher_NV, targets_N, reduction="sum")
+    student_nll = F.nll_loss(student_NV, targets_N, reduction="sum")
+    agreement = (teacher_NV.argmax(-1) == student_NV.argmax(-1)).sum()
+    kl = F.kl_div(student_NV, teacher_NV, reduction="sum", log_target=True)
     return np.array([float(teacher_nll), float(student_nll), float(agreement), float(kl)])

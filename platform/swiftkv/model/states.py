@@ -95,3 +95,15 @@ class LaterStates:
         """Some positions of each row. Shapes: [B, S] -> S in place of T."""
         index = positions_BS.unsqueeze(-1)
         return LaterStates(self.last_BTD.take_along_dim(index, 1), self.penultimate_BTD.take_along_dim(index, 1))
+
+
+def choose_positions(mask_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """The positions where a mask is True, in order, and which of them count: shorter rows are filled up.
+
+    Shapes: [B, T] bool -> [B, S] and [B, S] bool; S is 1 at least.
+    """
+    counts_B = mask_BT.sum(1)
+    longest = max(int(counts_B.max()), 1)
+    # Stable, so that a row's positions come first and in order; what fills up is a position without the mask.
+    positions_BS = mask_BT.logical_not().byte().argsort(dim=1, stable=True)[:, :longest]
+    return positions_BS, torch.arange(longest, device=mask_BT.device) < counts_B.unsqueeze(1)
