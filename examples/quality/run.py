@@ -9,6 +9,7 @@ Calls: corpus.py, teacher.py, scores.py, table.py, the `swiftkv` command.
 """
 
 import argparse
+import json
 import shlex
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from table import describe_folder, write_table
 
-from swiftkv.errors import SwiftKVError
+from swiftkv.errors import ConfigError, SwiftKVError
 
 HERE = Path(__file__).resolve().parent
 CHECKOUT = HERE.parents[1]
@@ -80,6 +81,11 @@ def run(data: Path, output: Path, teacher_steps: int | None, steps: int | None) 
         command = [sys.executable, HERE / "teacher.py", "--corpus", corpus, "--output", teacher.parent]
         own_steps: list[object] = [] if teacher_steps is None else ["--steps", teacher_steps]
         _call([*command, *own_steps, "--resume"])
+    trained = json.loads((teacher.parent / "summary.json").read_text(encoding="utf-8"))["num_steps"]
+    if teacher_steps not in (None, trained):
+        raise ConfigError(
+            f"--teacher-steps {teacher_steps}: {teacher} took {trained}. Give those, or another --output."
+        )
     for row in ROWS:
         folder = output / "runs" / describe_folder(row.name)
         _distill(row, folder, corpus, teacher, steps)

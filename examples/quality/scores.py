@@ -1,7 +1,7 @@
 """Scores one student of the quality table and its teacher on the held-out items, before and after distillation.
 
-Called by: run.py, or by hand: `python scores.py --corpus DIR --student FOLDER --output FILE`.
-Calls: swiftkv.evaluate.tasks, on engines as they serve: the teacher's is unmodified, the student's skips.
+Called by: run.py, or by hand: `python scores.py --corpus DIR --teacher FOLDER --student FOLDER --output FILE`.
+Calls: swiftkv.evaluate.tasks, on engines in float32: the teacher's is unmodified, the student's skips.
 """
 
 import argparse
@@ -30,6 +30,7 @@ CORPORA = (*NEW_TOKENS, "qmsum", "squality", "thealgorithms")
 
 
 ENGINE = EngineSettings(dtype="float32", max_num_seqs=64, max_num_batched_tokens=4096, kv_cache_gib=2.0)
+"""In float32, as the weights are: a query that differs in one rounding is another query."""
 
 
 def main() -> int:

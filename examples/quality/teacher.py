@@ -1,10 +1,11 @@
-"""Trains the teacher of the quality table from scratch: a small Llama, in half an hour on two CPU cores.
+"""Trains the teacher of the quality table from scratch: a small Llama, in half an hour on two idle CPU cores with
+bfloat16 instructions.
 
 Not a recipe for good models, and no part of the product: `swiftkv` sees an ordinary Hugging Face folder. The same
 seed, number of steps and number of threads give the same weights on one kind of processor, interrupted or not.
 Called by: run.py, or by hand: `python teacher.py --corpus DIR --output DIR`; `--resume` goes on after a kill.
-Calls: rows.py, muon.py, transformers; reads what corpus.py wrote. Leaves in the output folder: teacher/,
-teacher-latest/ (a try-out, now and then), state.pt (to go on from), teacher.log and summary.json.
+Calls: rows.py, muon.py, model/precision.py, transformers; reads what corpus.py wrote. Leaves in the output folder:
+teacher/, teacher-latest/ (a try-out, now and then), state.pt (to go on from), teacher.log and summary.json.
 
 Shapes: B rows, T tokens, D hidden.
 """
@@ -31,8 +32,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from swiftkv.bench.pairs import has_bfloat16_instructions
 from swiftkv.errors import ConfigError, DataError, SwiftKVError
+from swiftkv.model.precision import has_bfloat16_instructions
 
 NUM_STEPS = 1500
 CONTEXT_TOKENS = 1024
@@ -99,7 +100,8 @@ def train_teacher(
     """A Llama with its tokenizer in `output`/teacher, trained for `steps` optimizer steps; returns what it took.
 
     `resume` goes on from the state in `output`, if there is one. `config_changes` overrides keys of the model's config.
-    Raises: ConfigError if `steps` is not above 0; DataError if `corpus` was not written by corpus.py.
+    Raises: ConfigError if `steps` is not above 0, or the state is of another length or seed; DataError if `corpus` was
+    not written by corpus.py.
     """
     if steps <= 0:
         raise ConfigError(f"steps: {steps} given, a number above 0 is allowed. Give more, or leave it out.")
@@ -109,10 +111,11 @@ def train_teacher(
     optimizers = build_optimizers(model)
     output.mkdir(parents=True, exist_ok=True)
     progress = Progress()
+    settings = {"steps": steps, "seed": seed}
     if resume and (output / STATE_FILE).is_file():
-        progress = load_state(output / STATE_FILE, model, optimizers)
+        progress = load_state(output / STATE_FILE, model, optimizers, settings)
     batches = islice(iterate_steps(corpus, tokenizer, seed), progress.num_steps, None)
-    _train(model, optimizers, batches, progress, steps, _Keeper(output, tokenizer, progress.elapsed_s))
+    _train(model, optimizers, batches, progress, steps, _Keeper(output, tokenizer, settings, progress.elapsed_s))
     save_teacher(model, tokenizer, output / "teacher")
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     summary = TeacherSummary(
@@ -250,8 +253,11 @@ def compute_losses(model: LlamaForCausalLM, rows: list[Row]) -> tuple[Tensor, Te
 class _Keeper:
     """Writes log lines, states and try-outs when it is time for each."""
 
-    def __init__(self, output: Path, tokenizer: PreTrainedTokenizerFast, elapsed_s: float) -> None:
+    def __init__(
+        self, output: Path, tokenizer: PreTrainedTokenizerFast, settings: dict[str, int], elapsed_s: float
+    ) -> None:
         self._output = output
+        self._settings = settings
         self._tokenizer = tokenizer
         self._last_s = dict.fromkeys((LOG_S, STATE_S, SNAPSHOT_S), elapsed_s)
 
@@ -266,7 +272,7 @@ class _Keeper:
         if self._is_due(LOG_S, progress):
             save_log_line(self._output / "teacher.log", progress, reached)
         if self._is_due(STATE_S, progress):
-            save_state(self._output / STATE_FILE, model, optimizers, progress)
+            save_state(self._output / STATE_FILE, model, optimizers, self._settings, progress)
         if self._is_due(SNAPSHOT_S, progress):
             save_teacher(model, self._tokenizer, self._output / "teacher-latest")
 
@@ -291,12 +297,17 @@ def save_log_line(path: Path, progress: Progress, reached: float) -> None:
 
 
 def save_state(
-    path: Path, model: LlamaForCausalLM, optimizers: list[torch.optim.Optimizer], progress: Progress
+    path: Path,
+    model: LlamaForCausalLM,
+    optimizers: list[torch.optim.Optimizer],
+    settings: dict[str, int],
+    progress: Progress,
 ) -> None:
     """Everything to go on from, written whole or not at all."""
     state = {
         "model": model.state_dict(),
         "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+        "settings": settings,
         "progress": asdict(progress),
     }
     unfinished = path.with_suffix(".unfinished")
@@ -304,9 +315,18 @@ def save_state(
     unfinished.replace(path)
 
 
-def load_state(path: Path, model: LlamaForCausalLM, optimizers: list[torch.optim.Optimizer]) -> Progress:
-    """Puts what save_state wrote into the model and the optimizers; returns the progress."""
+def load_state(
+    path: Path, model: LlamaForCausalLM, optimizers: list[torch.optim.Optimizer], settings: dict[str, int]
+) -> Progress:
+    """Puts what save_state wrote into the model and the optimizers; returns the progress.
+
+    Raises: ConfigError if that training had other settings: the rates would follow two schedules.
+    """
     state = torch.load(path, weights_only=True)
+    if state["settings"] != settings:
+        raise ConfigError(
+            f"{path}: of a training with {state['settings']}, not {settings}. Give these, or another output folder."
+        )
     model.load_state_dict(state["model"])
     for optimizer, values in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(values)

@@ -3,7 +3,7 @@
 Not a recipe for good models, and no part of the product: `swiftkv` sees an ordinary Hugging Face folder.
 The same seed, number of steps and number of threads give the same weights.
 Called by: `make quickstart`, or by hand: `python teacher.py --corpus DIR --output DIR`.
-Calls: transformers, torch; reads what corpus.py wrote.
+Calls: model/precision.py, transformers; reads what corpus.py wrote.
 Shapes: B rows, T tokens, V vocabulary.
 """
 
@@ -31,6 +31,7 @@ from torch.nn import functional
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from swiftkv.errors import ConfigError, DataError, SwiftKVError
+from swiftkv.model.precision import has_bfloat16_instructions
 
 NUM_STEPS = 500
 MAX_SECONDS = 100.0
@@ -117,7 +118,7 @@ def train_teacher(
     tokenizer = _load_tokenizer(corpus)
     torch.manual_seed(seed)
     model = build_model(tokenizer, config_changes or {})
-    autocast = has_bfloat16() if settings.autocast is None else settings.autocast
+    autocast = has_bfloat16_instructions() if settings.autocast is None else settings.autocast
     files = _encode(tokenizer, [record["text"] for record in _load_jsonl(corpus / "train_files.jsonl")])
     chats = _encode(tokenizer, build_chats(_load_jsonl(corpus / "train.jsonl"), seed))
     rows = RowSource(files, chats, settings.chat_every, tokenizer.bos_token_id, seed)
@@ -162,12 +163,6 @@ def build_model(tokenizer: PreTrainedTokenizerFast, config_changes: dict[str, An
             layer.self_attn.o_proj.weight.mul_(scale)
             layer.mlp.down_proj.weight.mul_(scale)
     return model
-
-
-def has_bfloat16() -> bool:
-    """Whether this processor multiplies bfloat16 matrices itself; emulated, autocast is slower than float32."""
-    flags = torch.cpu.get_capabilities()
-    return bool(flags.get("avx512_bf16") or flags.get("amx_bf16"))
 
 
 def build_chats(functions: list[dict[str, str]], seed: int) -> list[str]:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -182,6 +182,19 @@ def find_workers(cluster: Cluster) -> list[psutil.Process]:
     return [process for process in find_processes(cluster) if "TrainWorker" in " ".join(process.cmdline()[:1])]
 
 
+@contextmanager
+def hold(workers: list[psutil.Process]) -> Iterator[None]:
+    """So that a run is not over before slow commands have come to it."""
+    assert workers
+    for worker in workers:
+        worker.suspend()
+    try:
+        yield
+    finally:
+        for worker in workers:
+            worker.resume()
+
+
 def test_a_run_whose_worker_is_killed_ends_like_one_that_was_not_disturbed(
     cluster: Cluster, undisturbed: Path, home: Path, long_inputs: list[str]
 ) -> None:
@@ -214,10 +227,11 @@ def test_a_run_is_left_stopped_and_taken_up_again(
     environment = os.environ | {"SWIFTKV_HOME": str(home)}
     with subprocess.Popen(words, cwd=CHECKOUT, env=environment, stderr=subprocess.PIPE, text=True) as following:
         wait_for_steps(folder, 2)
-        following.send_signal(signal.SIGINT)
-        _, said = following.communicate(timeout=60)
+        with hold(find_workers(cluster)):
+            following.send_signal(signal.SIGINT)
+            _, said = following.communicate(timeout=60)
+            stopped = swiftkv(home, "distill", "--stop", folder)
     assert following.returncode == 0 and f"swiftkv distill --stop {folder}" in said
-    stopped = swiftkv(home, "distill", "--stop", folder)
     assert stopped.returncode == 0, stopped.stderr
     assert "saves a checkpoint at its next step" in stopped.stdout
     deadline = time.monotonic() + 120

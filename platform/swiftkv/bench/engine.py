@@ -26,7 +26,6 @@ from swiftkv.bench.models import (
 from swiftkv.bench.pairs import (
     OnStage,
     describe_machine,
-    has_bfloat16_instructions,
     measure_load,
     measure_pass,
     pair_up,
@@ -38,6 +37,7 @@ from swiftkv.bench.table import ROWS, Result
 from swiftkv.engine.llm import PREFILL_ONLY, generate_tokens, run_engine
 from swiftkv.engine.settings import EngineSettings
 from swiftkv.engine.weights import list_tensor_files
+from swiftkv.model.precision import has_bfloat16_instructions
 from swiftkv.spec import ModelShape, SwiftKVSpec
 
 _ROWS = {row.name: row for row in ROWS}

@@ -15,12 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from swiftkv.bench.models import Prompts
 from swiftkv.bench.ratios import Ratio, compute_ratio
 from swiftkv.engine.llm import KVTransfer, generate_greedy, run_engine
 from swiftkv.engine.settings import EngineSettings
+from swiftkv.model.precision import has_bfloat16_instructions
 from swiftkv.spec import SwiftKVSpec
 
 OnStage = Callable[[str], None]
@@ -170,12 +169,6 @@ def describe_processor() -> str:
     """The CPU as reports name it."""
     bfloat16 = "with" if has_bfloat16_instructions() else "without"
     return f"{len(os.sched_getaffinity(0))} CPU cores {bfloat16} bfloat16 instructions"
-
-
-def has_bfloat16_instructions() -> bool:
-    """Whether this CPU multiplies bfloat16 itself (AVX512-BF16 or AMX)."""
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def _take_medians(passes: Sequence[EnginePass]) -> EnginePass:

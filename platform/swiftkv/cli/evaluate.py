@@ -13,7 +13,7 @@ import typer
 
 from swiftkv.cli.registry import Store, build_table, load_provenance, open_registry, print_table, show_progress
 from swiftkv.config import load_yaml
-from swiftkv.errors import ConfigError
+from swiftkv.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from swiftkv.evaluate.compare import Comparison
@@ -99,11 +99,15 @@ def _find_subject(model: str, provenance: Path | None, store: str | None) -> _Su
     if folder.is_dir() or "/" in model:
         if provenance is not None and not provenance.is_file():
             raise ConfigError(f"{provenance}: no such file. Give the provenance.json of the run's folder, or none.")
-        recorded = (None if provenance is None else load_provenance(provenance).teacher) or {}
+        if provenance is None:
+            return _Subject(folder, None, lambda figures, verdict: "kept nowhere: give --provenance to publish them")
+        from swiftkv.registry.measured import hash_student
+
+        recorded, measured = load_provenance(provenance).teacher or {}, hash_student(folder)
         return _Subject(
             folder,
             _read_text(recorded.get("folder")),
-            lambda figures, verdict: _keep_in_file(folder, provenance, figures, verdict),
+            lambda figures, verdict: _keep_in_file(folder, measured, provenance, figures, verdict),
         )
     if provenance is not None:
         raise ConfigError("--provenance is of a folder; the figures of a published version are kept beside it.")
@@ -123,13 +127,15 @@ def _read_text(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _keep_in_file(folder: Path, provenance: Path | None, figures: dict[str, Any], verdict: "GateResult | None") -> str:
+def _keep_in_file(
+    folder: Path, measured: str, provenance: Path, figures: dict[str, Any], verdict: "GateResult | None"
+) -> str:
     from swiftkv.registry.measured import HASH_KEY, hash_student
 
-    if provenance is None:
-        return "kept nowhere: give --provenance to publish the figures with the model"
+    if hash_student(folder) != measured:
+        raise CheckpointError(f"{folder}: changed while it was measured. Evaluate it again.")
     content = json.loads(provenance.read_text(encoding="utf-8"))
-    figures = figures | {HASH_KEY: hash_student(folder)}
+    figures = figures | {HASH_KEY: measured}
     content["evaluation"] = figures | ({} if verdict is None else {"gate": verdict.model_dump(mode="json")})
     provenance.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return f"kept in {provenance}"

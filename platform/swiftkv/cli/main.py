@@ -34,17 +34,11 @@ app.add_typer(bench_app, name="bench")
 
 
 def main() -> None:
-    """Run the command line; exit status 2 for what the user can mend, 130 for Ctrl-C and the like."""
+    """Run the command line; exit status 2 for what the user can mend; SIGTERM ends a command as Ctrl-C does."""
     keep_caches_at_home()
-    # A closed terminal or a supervisor's SIGTERM means the same as Ctrl-C: leave nothing behind. Not under nohup.
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a supervisor's wish; leave nothing behind
     try:
         app()
     except SwiftKVError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)

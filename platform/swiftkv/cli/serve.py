@@ -5,6 +5,7 @@ Called by: cli/main.py. Calls: cluster, serving/deploy.py.
 
 import json
 import shlex
+import signal
 import time
 from typing import Annotated
 
@@ -64,6 +65,8 @@ def run(settings: ServeSettings, detach: bool, console: Console) -> None:
 
     Raises: what `start_cluster` and `deploy` raise, after stopping; ClusterError if the cluster dies meanwhile.
     """
+    # A closed terminal means the same as Ctrl-C: leave nothing behind.
+    signal.signal(signal.SIGHUP, signal.default_int_handler)
     settings = resolve_model(settings)  # a wrong name must not wait for a cluster
     existing = find_cluster()
     cluster = existing

@@ -5,6 +5,7 @@ model, and through an engine that skips nothing, because they need logits of pro
 Called by: cli/evaluate.py. Calls: evaluate/harness.py, serving/deploy.py.
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,8 @@ def score_tasks(
     `endpoint` and `teacher_endpoint`: where the two are served already; None serves them here, one after the other,
     `eager` without compiling.
     """
-    from swiftkv.model.checkpoint import read_config
-
+    configs = {"student": student, "teacher": teacher}
+    quantisation = {who: describe_quantisation(_read_config(folder)) for who, folder in configs.items()}
     with _Servers(eager) as servers:
         of_student = _score_served(harness, "student", student, endpoint, servers)
         of_teacher = _score_served(harness, "teacher", teacher, teacher_endpoint, servers)
@@ -56,12 +57,17 @@ def score_tasks(
     asked = {"student": endpoint or "served for it", "teacher": teacher_endpoint or "served for it"}
     return {
         "tasks": tasks,
-        "quantisation": {
-            who: describe_quantisation(read_config(folder))
-            for who, folder in (("student", student), ("teacher", teacher))
-        },
+        "quantisation": quantisation,
         "harness": {"settings": harness.settings.describe(), "endpoints": asked, "outputs": harness.outputs},
     }
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """Without asking for weights: a teacher that is served already needs its tokenizer and config here."""
+    try:
+        return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{folder}: no config.json that can be read ({error}). Give a Hugging Face folder.") from None
 
 
 def _score_served(harness: Harness, who: str, folder: Path, url: str | None, servers: "_Servers") -> Scores:

@@ -24,6 +24,7 @@ from swiftkv.distill.divergence import DivergenceGuard
 from swiftkv.distill.losses import compute_learning_rate_factor
 from swiftkv.distill.recipe import Recipe
 from swiftkv.distill.step import Batch, DistillStep
+from swiftkv.model.precision import has_bfloat16_instructions
 
 
 @dataclass(frozen=True)
@@ -171,8 +172,7 @@ def uses_bfloat16(precision: str, step: torch.nn.Module) -> bool:
         return precision == "bfloat16" or frozen.dtype == torch.bfloat16
     if frozen.device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    processor = torch.cpu.get_capabilities()
-    return bool(processor.get("avx512_bf16") or processor.get("amx_bf16"))
+    return has_bfloat16_instructions()
 
 
 def _agree(wish: bool, place: Place) -> bool:

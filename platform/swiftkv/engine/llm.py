@@ -1,6 +1,6 @@
-"""Starts and stops vLLM engines inside this process, for benchmarks and tests. Serving does not come through here.
+"""Starts and stops vLLM engines inside this process, for benchmarks, scores and tests; serving has its own.
 
-Called by: bench/engine.py, scripts/smoke_engine.py, tests.
+Called by: bench/engine.py, evaluate/tasks.py, examples/quality, scripts/smoke_engine.py, tests.
 """
 
 import os
@@ -109,7 +109,7 @@ def generate_greedy(
     transfers: Sequence[KVTransfer] | None = None,
     **sampling: Any,
 ) -> list[Any]:
-    """vLLM's request outputs for prompts of token ids, `new_tokens` each, whatever the end token.
+    """vLLM's request outputs for prompts of token ids, `new_tokens` each, also past the end token (`ignore_eos`).
 
     With `transfers`, one per prompt from `prefill_remotely`, the prompts' KV is taken from where it was prefilled.
     `sampling`: more of vLLM's sampling parameters.

@@ -35,7 +35,7 @@ class EngineSettings(StrictModel):
     """One engine on one machine."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of weights and KV cache; auto takes the checkpoint's."""
+    """Of weights and KV cache; auto takes the checkpoint's, and for one in float32 what vLLM prefers there."""
     max_model_len: int | None = Field(default=None, ge=1)
     """Longest prompt plus answer in tokens; None takes the model's context, or what of it the KV cache can hold."""
     max_num_seqs: int = Field(default=32, ge=1)

@@ -3,7 +3,7 @@
 Through the Hugging Face model, with the first half computed once for both. Does not decide whether a version
 is good enough.
 Called by: cli/evaluate.py, evaluate/tasks.py.
-Calls: model/modeling.py.
+Calls: model/modeling.py, model/states.py.
 
 Shapes: B rows, T tokens, S positions chosen of each row, N scored positions, D hidden, V vocabulary.
 """

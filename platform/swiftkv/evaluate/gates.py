@@ -7,6 +7,7 @@ Called by: cli/evaluate.py.
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -62,7 +63,8 @@ class Limit(StrictModel):
 
     def _describe_unequal(self, figures: Mapping[str, Any]) -> str:
         quantisation = figures.get("quantisation")
-        if self.of is None or not self.of.startswith("tasks.") or not isinstance(quantisation, Mapping):
+        is_other_model = self.of is not None and re.fullmatch(r"tasks\.[^.]+\.teacher\..+", self.of)
+        if not is_other_model or not isinstance(quantisation, Mapping):
             return ""
         student, teacher = quantisation.get("student"), quantisation.get("teacher")
         if student == teacher:

@@ -6,7 +6,7 @@ version is good enough.
 Called by: examples/quality/scores.py.
 Calls: engine/llm.py, evaluate/compare.py.
 
-Shapes: B items of a batch, T tokens, V vocabulary.
+Shapes: B items of a batch, T tokens.
 """
 
 import math

@@ -1,7 +1,7 @@
 """What the halves of a SwiftKV model hand on: the boundary between them, and the hidden states at the end.
 
 Computes no layer.
-Called by: model/modeling.py and model/later_layer.py, which make and read them; distill/.
+Called by: model/modeling.py and model/later_layer.py, which make and read them; distill/, evaluate/.
 Calls: model/precision.py.
 
 Shapes: B rows, T tokens, S selected positions, D hidden, N query heads, K KV heads, H head size.

@@ -24,7 +24,7 @@ class LimitResult(StrictModel):
     model_config = ConfigDict(ser_json_inf_nan="strings")
 
     limit: str
-    """As the gate's file says it."""
+    """What the gate's file says, and why it cannot be kept where the figures do not decide it."""
     found: float | None
     """None: it was not measured, which does not pass."""
     passed: bool

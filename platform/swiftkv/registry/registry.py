@@ -97,9 +97,10 @@ class Registry:
     ) -> Manifest:
         """The manifest of the new version that holds the files of `folder`.
 
-        `version` None takes the next whole number. Each file is read once; parts that the store has already are not
-        sent again; names that begin with a dot are left out. `base_paths`: the files that are the base's -> its names
-        for them. `on_wait` is told who collects, if that is waited for. `allowed_model_types` None allows every family.
+        `version` None takes the next whole number. Each file is read once (the student's tensors once more, if the
+        provenance has a gate's verdict); parts that the store has already are not sent again; names that begin with a
+        dot are left out. `base_paths`: the files that are the base's -> its names for them. `on_wait` is told who
+        collects, if that is waited for. `allowed_model_types` None allows every family.
         Raises: CheckpointError if the folder is no SwiftKV checkpoint that is safe to load, or the provenance has a
         gate's verdict on another one; VersionExistsError if the version exists or another publisher of it was first;
         ConfigError for a name that is not allowed.

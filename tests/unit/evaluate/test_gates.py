@@ -73,6 +73,13 @@ def test_tasks_are_compared_at_equal_quantisation_only(teacher, passed):
     assert ("student: fp8; teacher: none" in result.limits[0].limit) == (not passed)
 
 
+def test_a_student_beside_itself_is_always_comparable():
+    figures = {"student": {"acc": 0.5}, "teacher": {"acc": 0.5}, "student_without_skipping": {"acc": 0.5}}
+    limit = {"figure": "tasks.x.student.acc", "of": "tasks.x.student_without_skipping.acc", "lost_points_at_most": 1}
+    measured = {"tasks": {"x": figures}, "quantisation": {"student": "fp8 {}", "teacher": "none"}}
+    assert parse_settings({"name": "g", "limits": [limit]}, Gate, "gate").judge(measured).passed
+
+
 def test_perplexities_come_from_one_folder_whatever_its_quantisation():
     limit = {"figure": "student_after.student_perplexity", "of": "teacher_perplexity", "ratio_at_most": 1.05}
     figures = FIGURES | {"quantisation": {"student": "fp8", "teacher": "none"}}

@@ -59,6 +59,17 @@ def test_an_interrupted_training_ends_with_the_same_weights(
     assert summary.num_tokens == trained[1].num_tokens == NUM_STEPS * (9 * 256 + 2 * 512 + 1024)
 
 
+def test_a_state_of_another_length_or_seed_is_not_gone_on_from(
+    scripts: Scripts, corpus_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = scripts["teacher"]
+    monkeypatch.setattr(teacher, "STATE_S", 0.0)
+    teacher.train_teacher(corpus_folder, tmp_path, 1, config_changes=TINY)
+    for changes in ({"steps": 2}, {"steps": 1, "seed": 1}):
+        with pytest.raises(ConfigError, match="of a training with"):
+            teacher.train_teacher(corpus_folder, tmp_path, resume=True, config_changes=TINY, **changes)
+
+
 def test_another_seed_gives_other_weights(trained: Any, scripts: Scripts, corpus_folder: Path, tmp_path: Path) -> None:
     scripts["teacher"].train_teacher(corpus_folder, tmp_path, NUM_STEPS, seed=1, config_changes=TINY)
     name = "model.embed_tokens.weight"

@@ -38,6 +38,24 @@ def test_files_and_teacher_do_not_matter_and_each_student_tensor_does(checkpoint
         assert hash_student(checkpoint) != before, name
 
 
+def test_only_files_that_are_loaded_count(checkpoint):
+    before = hash_student(checkpoint)
+    (checkpoint / "._model.safetensors").write_bytes(b"what a desktop leaves")
+    assert hash_student(checkpoint) == before
+    names = dict.fromkeys(load_file(checkpoint / "model.safetensors"), "model.safetensors")
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    save_file({"model.norm_swiftkv.weight": np.zeros(8, np.float32)}, checkpoint / "stale.safetensors")
+    assert hash_student(checkpoint) == before
+
+
+@pytest.mark.parametrize("kept", [4, 40, -3])
+def test_a_damaged_file_is_told(checkpoint, kept):
+    path = checkpoint / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(CheckpointError, match="safetensors that cannot be read"):
+        hash_student(checkpoint)
+
+
 def test_a_verdict_on_another_student_is_refused(registry, make_checkpoint):
     measured, other = make_checkpoint("measured"), make_checkpoint("other", seed=1)
     provenance = Provenance(evaluation={"gate": GATE, "student_sha256": hash_student(measured)})
