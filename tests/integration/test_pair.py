@@ -362,7 +362,8 @@ def test_the_prefill_half_reads_only_its_share_of_the_files(tmp_path: Path) -> N
     wanted, size = sum(run.end - run.start for run in runs), sum(file.stat().st_size for file in files)
     assert wanted == count_wanted_by_hand()
     assert wanted < 0.5 * size
-    assert wanted <= resident <= wanted + AROUND_BYTES * len(runs)
+    # Under pressure the kernel drops a few pages again; that it was read at all is what the lower limit shows.
+    assert 0.95 * wanted <= resident <= wanted + AROUND_BYTES * len(runs)
 
 
 LARGE = TinyShape(
