@@ -134,3 +134,18 @@ def test_a_model_of_the_hub_is_published_as_it_is(registry, teacher, tmp_path, m
 
 def test_the_name_of_the_delta_record_is_one() -> None:
     assert delta.RECORD_FILE == "delta.json", "cli/publish.py looks for it without loading torch"
+
+
+def test_the_verdict_on_a_student_holds_for_its_version_beside_the_base(registry, teacher, tmp_path):
+    """As in the quickstart: the student is measured whole, and published as its own tensors beside the teacher's."""
+    student, other = (write_student(teacher, tmp_path / f"student-{seed}", seed) for seed in range(2))
+    provenance, gate, text = (tmp_path / name for name in ("provenance.json", "gate.yaml", "text.jsonl"))
+    provenance.write_text("{}")
+    gate.write_text("{name: any, limits: [{figure: student_after.kl_nats, at_most: 1.0e+9}]}")
+    text.write_text('{"text": "' + "some words " * 40 + '"}\n')
+    words = ["evaluate", student, "--data", text, "--row-tokens", 32, "--gate", gate, "--provenance", provenance]
+    assert CliRunner().invoke(app, [*map(str, words)], catch_exceptions=False).exit_code == 0
+    publish(student, "--base", teacher, "--provenance", provenance)
+    registry.promote("tiny@1", "production")
+    with pytest.raises(CheckpointError, match="of another student"):
+        publish(other, "--base", teacher, "--provenance", provenance)
