@@ -39,7 +39,7 @@ class TableRow:
 ROWS = (
     TableRow("25% skipped", 6, 1),
     TableRow("50% skipped", 4, 1),
-    TableRow("50% skipped, 1,500 steps", 4, 1, 1500),
+    TableRow("50% skipped, 1,200 steps", 4, 1, 1200),
     TableRow("62.5% skipped", 3, 1),
     TableRow("50%, groups of 2", 4, 2),
     TableRow("50%, groups of 4", 4, 4),
