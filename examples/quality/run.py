@@ -32,14 +32,11 @@ class TableRow:
     name: str
     num_key_value_layers: int
     key_value_group_size: int
-    steps: int | None = None
-    """Optimizer steps of its distillation; None: as given, or the recipe's."""
 
 
 ROWS = (
     TableRow("25% skipped", 6, 1),
     TableRow("50% skipped", 4, 1),
-    TableRow("50% skipped, 1,200 steps", 4, 1, 1200),
     TableRow("62.5% skipped", 3, 1),
     TableRow("50%, groups of 2", 4, 2),
     TableRow("50%, groups of 4", 4, 4),
@@ -124,8 +121,8 @@ def _distill(row: TableRow, folder: Path, corpus: Path, teacher: Path, steps: in
         "cut.num_key_value_layers": row.num_key_value_layers,
         "cut.key_value_group_size": row.key_value_group_size,
     }
-    if (row.steps or steps) is not None:
-        values["training.steps"] = row.steps or steps
+    if steps is not None:
+        values["training.steps"] = steps
     _call(
         [*swiftkv, RECIPE, "--output", folder, *(word for key in values for word in ("--set", f"{key}={values[key]}"))]
     )

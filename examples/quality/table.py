@@ -20,14 +20,13 @@ def write_table(output: Path, names: list[str], folder: Path, command: str) -> N
     """Write table.md, table.png and numbers.json to `folder`, and print the table. `command` measures it again."""
     folder.mkdir(parents=True, exist_ok=True)
     scores = {name: json.loads((output / "scores" / f"{name}.json").read_text(encoding="utf-8")) for name in names}
-    recipes = {name: load_recipe(output / "runs" / describe_folder(name) / "recipe.yaml").training for name in names}
-    training = recipes[names[0]]
-    settings = f"{training.steps} steps of {training.rows_per_step} rows if a row says no other, seed {training.seed}"
+    training = load_recipe(output / "runs" / describe_folder(names[0]) / "recipe.yaml").training
+    settings = f"{training.steps} steps of {training.rows_per_step} rows, seed {training.seed}"
     heading = f"{describe_processor()}; `{command}`; {settings}\n\n"
     numbers = {
         "hardware": describe_processor(),
         "command": command,
-        "training": {name: recipe.model_dump() for name, recipe in recipes.items()},
+        "training": training.model_dump(),
         "corpus": json.loads((output / "corpus" / "summary.json").read_text(encoding="utf-8")),
         "teacher": json.loads((output / "teacher" / "summary.json").read_text(encoding="utf-8")),
         "scores": scores,
