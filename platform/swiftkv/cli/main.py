@@ -3,7 +3,6 @@
 Turns errors that a user can cause into one message and exit status 2. Called by: the `swiftkv` script.
 """
 
-import signal
 import sys
 
 import typer
@@ -34,11 +33,13 @@ app.add_typer(bench_app, name="bench")
 
 
 def main() -> None:
-    """Run the command line; exit status 2 for what the user can mend; SIGTERM ends a command as Ctrl-C does."""
+    """Run the command line; exit status 2 for what the user can mend, 130 for Ctrl-C."""
     keep_caches_at_home()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a supervisor's wish; leave nothing behind
     try:
         app()
     except SwiftKVError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

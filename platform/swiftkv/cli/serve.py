@@ -65,8 +65,9 @@ def run(settings: ServeSettings, detach: bool, console: Console) -> None:
 
     Raises: what `start_cluster` and `deploy` raise, after stopping; ClusterError if the cluster dies meanwhile.
     """
-    # A closed terminal means the same as Ctrl-C: leave nothing behind.
-    signal.signal(signal.SIGHUP, signal.default_int_handler)
+    # A closed terminal or a supervisor's SIGTERM means the same as Ctrl-C: leave nothing behind.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
     settings = resolve_model(settings)  # a wrong name must not wait for a cluster
     existing = find_cluster()
     cluster = existing
