@@ -1,5 +1,5 @@
-"""Trains the teacher of the quality table from scratch: a small Llama, in half an hour on two idle CPU cores with
-bfloat16 instructions.
+"""Trains the teacher of the quality table from scratch: a small Llama, in about half an hour on two idle CPU cores
+with bfloat16 instructions (at 1.2 s a step).
 
 Not a recipe for good models, and no part of the product: `swiftkv` sees an ordinary Hugging Face folder. The same
 seed, number of steps and number of threads give the same weights on one kind of processor, interrupted or not.
@@ -323,9 +323,9 @@ def load_state(
     Raises: ConfigError if that training had other settings: the rates would follow two schedules.
     """
     state = torch.load(path, weights_only=True)
-    if state["settings"] != settings:
+    if state.get("settings") != settings:
         raise ConfigError(
-            f"{path}: of a training with {state['settings']}, not {settings}. Give these, or another output folder."
+            f"{path}: of a training with {state.get('settings')}, not {settings}. Give these, or another output folder."
         )
     model.load_state_dict(state["model"])
     for optimizer, values in zip(optimizers, state["optimizers"], strict=True):
