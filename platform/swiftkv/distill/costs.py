@@ -180,7 +180,10 @@ def compute_step_flops(work: Workload, rows: int) -> dict[str, float]:
     again = keys_values + elsewhere - later * student.mlp / 3 * positions if work.checkpointed else 0.0
     return {
         "first half": spec.num_key_value_layers * teacher.total * tokens,
-        "teacher's later half": later * teacher.total * tokens,
+        # Its last layer is a student's with K and V of its own: only they are computed of every position.
+        "teacher's later half": (later - 1) * teacher.total * tokens
+        + student.key_value * tokens
+        + (student.total - student.key_value) * positions,
         "student's later half": keys_values + elsewhere,
         "student's backward pass": 2 * keys_values + (queries + others) * positions + again,
         "LM head": 3 * spec.compute_lm_head_flops() * positions,

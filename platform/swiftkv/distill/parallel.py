@@ -27,5 +27,6 @@ def shard_step(step: DistillStep, device: torch.device, world_size: int) -> None
     for layer in step.model.model.layers:
         fully_shard(layer, mesh=mesh)
     for layer in step.model.model.later_layers:
-        register_fsdp_forward_method(layer, "run_student")
+        for method in ("run_student", "run_teacher_at"):
+            register_fsdp_forward_method(layer, method)
     fully_shard(step, mesh=mesh)

@@ -98,5 +98,4 @@ class DistillStep(nn.Module):
         """What takes no gradient: the first half of both, and the teacher's later half."""
         decoder = self.model.model
         boundary = decoder.compute_boundary(batch.input_ids_BT, position_ids=batch.position_ids_BT)
-        teacher = decoder.run_teacher_half(boundary)
-        return boundary, teacher if batch.positions_BS is None else teacher.select(batch.positions_BS)
+        return boundary, decoder.run_teacher_half(boundary, batch.positions_BS)

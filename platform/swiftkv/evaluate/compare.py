@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from swiftkv.model.modeling import SwiftKVForCausalLM
-from swiftkv.model.states import Boundary, choose_positions
+from swiftkv.model.states import choose_positions
 from swiftkv.text import Rows
 
 _BATCH_LOGITS_BYTES = 2**28
@@ -69,8 +69,13 @@ def compare_at_positions(model: SwiftKVForCausalLM, batches: Iterable[tuple[Tens
     for ids_BT, predicts_BT in batches:
         scored_BT = predicts_BT[:, :-1]
         boundary = model.model.compute_boundary(ids_BT)
-        teacher_ND = model.model.run_teacher_half(boundary).last_BTD[:, :-1][scored_BT]
-        student_ND = _run_student(model, boundary, scored_BT)
+        positions_BS, counts_BS = choose_positions(scored_BT)
+        # Where every position is scored, plain causal attention is the faster one.
+        chosen_BS = None if bool(scored_BT.all()) else positions_BS
+        teacher_ND, student_ND = (
+            run_half(boundary, chosen_BS).last_BTD[:, : positions_BS.shape[1]][counts_BS]
+            for run_half in (model.model.run_teacher_half, model.model.run_student_half)
+        )
         teacher_NV, student_NV = (
             F.log_softmax(model.lm_head(states_ND).float(), dim=-1) for states_ND in (teacher_ND, student_ND)
         )
@@ -78,14 +83,6 @@ def compare_at_positions(model: SwiftKVForCausalLM, batches: Iterable[tuple[Tens
         positions += int(scored_BT.sum())
     teacher_nll, student_nll, agreement, kl = (float(value) / positions for value in sums)
     return Comparison(positions, math.exp(teacher_nll), math.exp(student_nll), agreement, kl)
-
-
-def _run_student(model: SwiftKVForCausalLM, boundary: Boundary, scored_BT: Tensor) -> Tensor:
-    """The student's last states at the scored positions, of which no other's depend. Shapes: [B, T] -> [N, D]."""
-    if bool(scored_BT.all()):
-        return model.model.run_student_half(boundary).last_BTD[:, :-1].flatten(0, 1)
-    positions_BS, counts_BS = choose_positions(scored_BT)
-    return model.model.run_student_half(boundary, positions_BS).last_BTD[counts_BS]
 
 
 def _sum_scores(teacher_NV: Tensor, student_NV: Tensor, targets_N: Tensor) -> np.ndarray:

@@ -1,6 +1,6 @@
 """A later layer as the student runs it: queries of its own, keys and values from the boundary hidden state.
 
-Does not build layers of a family or decide which of them lead a group (modeling.py).
+And as the teacher runs its last one where only some positions are asked for. Does not build layers of a family or decide which of them lead a group (modeling.py).
 Called by: model/modeling.py.
 Calls: transformers' attention, families.py.
 
@@ -17,7 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward, rotate_half
 
 from swiftkv.families import FAMILIES
-from swiftkv.model.states import Boundary
+from swiftkv.model.states import Boundary, take_positions
 
 
 class LaterLayer(nn.Module):
@@ -66,30 +66,51 @@ class LaterLayer(nn.Module):
         boundary: Boundary,
         queried: Boundary,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        attention = self.self_attn
         if source_BTD is not None:
-            key, value = self._project_key_value(source_BTD, boundary)
-        hidden_BSD = hidden_BSD + self._attend(self.input_layernorm(hidden_BSD), key, value, queried)
-        return hidden_BSD + self.mlp(self.post_attention_layernorm(hidden_BSD)), key, value
+            projections = (attention.k_proj_swiftkv, attention.v_proj_swiftkv)
+            key, value = self._project_key_value(source_BTD, boundary, *projections)
+        query = attention.q_proj_swiftkv(self.input_layernorm(hidden_BSD))
+        return self._complete(hidden_BSD, query, key, value, queried), key, value
 
-    def _project_key_value(self, normed_BTD: Tensor, boundary: Boundary) -> tuple[Tensor, Tensor]:
-        """The group's keys (rotated) and values, past ones included. Shapes: [B, T, D] -> 2 x [B, K, T, H]."""
-        leader = self.self_attn
+    def run_teacher_at(self, hidden_BTD: Tensor, positions_BS: Tensor, boundary: Boundary, queried: Boundary) -> Tensor:
+        """The layer's output as the teacher has it, at some positions only, which `queried` has too.
+
+        Shapes: [B, T, D] -> [B, S, D]. Exactly what the family's decoder layer gives there: keys and values are made of
+        all positions, everything else is of one position.
+        """
+        attention = self.self_attn
+        normed_BTD = self.input_layernorm(hidden_BTD)
+        key, value = self._project_key_value(normed_BTD, boundary, attention.k_proj, attention.v_proj)
+        hidden_BSD, normed_BSD = (take_positions(states, positions_BS) for states in (hidden_BTD, normed_BTD))
+        return self._complete(hidden_BSD, attention.q_proj(normed_BSD), key, value, queried)
+
+    def _complete(self, hidden_BSD: Tensor, query_BSQ: Tensor, key: Tensor, value: Tensor, queried: Boundary) -> Tensor:
+        """What follows the projections. Shapes: [B, S, D], [B, S, N * H] -> [B, S, D]."""
+        hidden_BSD = hidden_BSD + self._attend(query_BSQ, key, value, queried)
+        completed: Tensor = hidden_BSD + self.mlp(self.post_attention_layernorm(hidden_BSD))
+        return completed
+
+    def _project_key_value(
+        self, normed_BTD: Tensor, boundary: Boundary, project_key: nn.Module, project_value: nn.Module
+    ) -> tuple[Tensor, Tensor]:
+        """Keys (rotated) and values, past ones included. Shapes: [B, T, D] -> 2 x [B, K, T, H]."""
+        attention = self.self_attn
         key, value = (
-            projection(normed_BTD).unflatten(-1, (-1, leader.head_dim))
-            for projection in (leader.k_proj_swiftkv, leader.v_proj_swiftkv)
+            project(normed_BTD).unflatten(-1, (-1, attention.head_dim)) for project in (project_key, project_value)
         )
         if self.norms_heads:
-            key = leader.k_norm(key)
+            key = attention.k_norm(key)
         key, value = key.transpose(1, 2), value.transpose(1, 2)
         key = _rotate(key, boundary)
         if boundary.past_key_values is not None:
-            key, value = boundary.past_key_values.update(key, value, leader.layer_idx)
+            key, value = boundary.past_key_values.update(key, value, attention.layer_idx)
         return key, value
 
-    def _attend(self, hidden_BSD: Tensor, key: Tensor, value: Tensor, queried: Boundary) -> Tensor:
-        """Attention output of own queries over the group's keys and values. Shapes: [B, S, D] -> [B, S, D]."""
+    def _attend(self, query_BSQ: Tensor, key: Tensor, value: Tensor, queried: Boundary) -> Tensor:
+        """Attention output of projected queries over keys and values. Shapes: [B, S, N * H] -> [B, S, D]."""
         attention = self.self_attn
-        query = attention.q_proj_swiftkv(hidden_BSD).unflatten(-1, (-1, attention.head_dim))
+        query = query_BSQ.unflatten(-1, (-1, attention.head_dim))
         if self.norms_heads:
             query = attention.q_norm(query)
         query = query.transpose(1, 2)
@@ -98,7 +119,7 @@ class LaterLayer(nn.Module):
             attended = _attend_folded(query, key, value, queried.folded_mask, attention.scaling)
         else:
             attended = self._attend_everywhere(query, key, value, queried)
-        output: Tensor = attention.o_proj(attended.reshape(*hidden_BSD.shape[:-1], -1))
+        output: Tensor = attention.o_proj(attended.reshape(*query_BSQ.shape[:-1], -1))
         return output
 
     def _attend_everywhere(self, query: Tensor, key: Tensor, value: Tensor, boundary: Boundary) -> Tensor:

@@ -25,8 +25,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from swiftkv.errors import CheckpointError
 from swiftkv.families import FAMILIES, Family
 from swiftkv.hf_config import CONFIG_CLASSES
+from swiftkv.model.activation import use_in_place_silu
 from swiftkv.model.later_layer import LaterLayer
-from swiftkv.model.states import Boundary, LaterStates
+from swiftkv.model.states import Boundary, LaterStates, take_positions
 from swiftkv.spec import SwiftKVSpec
 
 _IGNORED_BY_GENERATE = ("return_dict", "cache_position")
@@ -54,6 +55,7 @@ class SwiftKVModel(nn.Module):
         )
         for index, layer in enumerate(self.later_layers, start=kept):
             _add_student_projections(layer.self_attn, is_leader=index in self.spec.leader_layers)
+        use_in_place_silu(self.layers)
         self.norm = build_norm(config.hidden_size, eps=config.rms_norm_eps)
         self.norm_swiftkv = build_norm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = build_rotary(config=config)
@@ -100,9 +102,10 @@ class SwiftKVModel(nn.Module):
             boundary.hidden_BTD = self._run_teacher_layer(layer, boundary.hidden_BTD, boundary)
         return boundary
 
-    def run_teacher_half(self, boundary: Boundary) -> LaterStates:
+    def run_teacher_half(self, boundary: Boundary, positions_BS: Tensor | None = None) -> LaterStates:
         """The later layers as the teacher has them.
 
+        With `positions_BS`, states of these positions (Shapes: [B, S] -> [B, S, D]): the last layer computes no others.
         Raises: CheckpointError if the checkpoint was stored without the teacher's own projections.
         """
         if not self.has_teacher:
@@ -110,19 +113,25 @@ class SwiftKVModel(nn.Module):
                 "This checkpoint has no teacher: its later layers lack q_proj, k_proj and v_proj. "
                 "Load a checkpoint that keeps them, or compare with the teacher's own folder."
             )
-        hidden_BTD = penultimate_BTD = boundary.hidden_BTD
-        for layer in self.later_layers:
-            penultimate_BTD = hidden_BTD
+        hidden_BTD = boundary.hidden_BTD
+        for layer in self.later_layers[:-1]:
             hidden_BTD = self._run_teacher_layer(layer, hidden_BTD, boundary)
-        return LaterStates(self.norm(hidden_BTD), penultimate_BTD)
+        penultimate_BTD = hidden_BTD if positions_BS is None else take_positions(hidden_BTD, positions_BS)
+        if not self.later_layers:
+            return LaterStates(self.norm(penultimate_BTD), penultimate_BTD)
+        if positions_BS is None:
+            last_BTD = self._run_teacher_layer(self.later_layers[-1], hidden_BTD, boundary)
+        else:
+            queried = self._select(boundary, positions_BS)
+            last_BTD = self.later_layers[-1].run_teacher_at(hidden_BTD, positions_BS, boundary, queried)
+        return LaterStates(self.norm(last_BTD), penultimate_BTD)
 
     def run_student_half(self, boundary: Boundary, positions_BS: Tensor | None = None) -> LaterStates:
         """The later layers with keys and values from the boundary hidden state.
 
         With `positions_BS`, only at these positions (Shapes: [B, S] -> [B, S, D]): no other depends on their results.
         """
-        heads_per_kv_head = self.config.num_attention_heads // self.config.num_key_value_heads
-        queried = boundary if positions_BS is None else boundary.select(positions_BS, heads_per_kv_head)
+        queried = boundary if positions_BS is None else self._select(boundary, positions_BS)
         normed_BTD = self.norm_swiftkv(boundary.hidden_BTD)
         hidden_BTD = penultimate_BTD = queried.hidden_BTD
         key = value = normed_BTD  # replaced by the first layer, which leads its group
@@ -131,6 +140,9 @@ class SwiftKVModel(nn.Module):
             source_BTD = normed_BTD if index in self.spec.leader_layers else None
             hidden_BTD, key, value = layer.run_student(hidden_BTD, source_BTD, key, value, boundary, queried)
         return LaterStates(self.norm(hidden_BTD), penultimate_BTD)
+
+    def _select(self, boundary: Boundary, positions_BS: Tensor) -> Boundary:
+        return boundary.select(positions_BS, self.config.num_attention_heads // self.config.num_key_value_heads)
 
     def _run_teacher_layer(self, layer: nn.Module, hidden_BTD: Tensor, boundary: Boundary) -> Tensor:
         output: Tensor = layer(

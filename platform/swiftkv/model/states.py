@@ -93,8 +93,12 @@ class LaterStates:
 
     def select(self, positions_BS: Tensor) -> "LaterStates":
         """Some positions of each row. Shapes: [B, S] -> S in place of T."""
-        index = positions_BS.unsqueeze(-1)
-        return LaterStates(self.last_BTD.take_along_dim(index, 1), self.penultimate_BTD.take_along_dim(index, 1))
+        return LaterStates(*(take_positions(states, positions_BS) for states in (self.last_BTD, self.penultimate_BTD)))
+
+
+def take_positions(states_BTD: Tensor, positions_BS: Tensor) -> Tensor:
+    """States of some positions of each row. Shapes: [B, T, D] and [B, S] -> [B, S, D]."""
+    return states_BTD.take_along_dim(positions_BS.unsqueeze(-1), 1)
 
 
 def choose_positions(mask_BT: Tensor) -> tuple[Tensor, Tensor]:
