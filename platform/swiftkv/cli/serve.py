@@ -1,4 +1,4 @@
-"""`swiftkv serve`: a model behind an OpenAI-compatible endpoint on this machine, until Ctrl-C.
+"""`swiftkv serve`: a model, or a Serve config, behind an OpenAI-compatible endpoint on this machine, until Ctrl-C.
 
 Called by: cli/main.py. Calls: cluster, serving/deploy.py.
 """
@@ -7,24 +7,30 @@ import json
 import shlex
 import signal
 import time
-from typing import Annotated
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
+import yaml
 from rich.console import Console
 
 from swiftkv.cluster import Cluster, find_cluster, start_cluster, stop_cluster
 from swiftkv.config import parse_settings
 from swiftkv.engine.compiler import EAGER_REASON
-from swiftkv.errors import ClusterError
+from swiftkv.errors import ClusterError, ConfigError
 from swiftkv.serving.config import ServeSettings
-from swiftkv.serving.deploy import deploy, undeploy
+from swiftkv.serving.deploy import Progress, deploy, deploy_config, undeploy
 from swiftkv.serving.source import resolve_model
 
 _POLL_S = 1.0
 
 
 def serve(
-    model: Annotated[str, typer.Argument(help="NAME, NAME@VERSION, NAME@ALIAS, or a checkpoint folder's path.")],
+    model: Annotated[
+        str,
+        typer.Argument(help="NAME, NAME@VERSION, NAME@ALIAS, a checkpoint folder's path, or a Serve config (.yaml)."),
+    ],
     store: Annotated[str | None, typer.Option(help="Registry: a folder or an object store's URL.")] = None,
     port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 8000,
     model_id: Annotated[str | None, typer.Option(help="Name that clients use. Default: the model's.")] = None,
@@ -38,7 +44,11 @@ def serve(
     ] = False,
     detach: Annotated[bool, typer.Option(help="Leave it running; `swiftkv down` stops it.")] = False,
 ) -> None:
-    """Serve a model until Ctrl-C."""
+    """Serve a model, or what a Serve config file says, until Ctrl-C."""
+    if model.endswith((".yaml", ".yml")):
+        config = read_serve_config(Path(model))
+        run(lambda cluster, report: _describe_config(config, deploy_config(cluster, config, report)), detach, Console())
+        return
     options = {
         "model": model,
         "store": store,
@@ -57,26 +67,29 @@ def serve(
     settings = parse_settings(options, ServeSettings, "swiftkv serve")
     if settings.engine.lacks_compiler():
         typer.echo(f"engine: {EAGER_REASON}", err=True)
-    run(settings, detach, Console())
+    resolved = resolve_model(settings)  # a wrong name must not wait for a cluster
+    run(lambda cluster, report: _describe_model(deploy(cluster, resolved, report)), detach, Console())
 
 
-def run(settings: ServeSettings, detach: bool, console: Console) -> None:
-    """Serves until interrupted, then stops what it started: the cluster, or the pool where the cluster was there.
+def run(deploy_to: Callable[[Cluster, Progress], list[str]], detach: bool, console: Console) -> None:
+    """Serves until interrupted, then stops what it started: the cluster, or the pools where the cluster was there.
 
-    Raises: what `start_cluster` and `deploy` raise, after stopping; ClusterError if the cluster dies meanwhile.
+    `deploy_to`: deploys to a cluster and returns the lines that say so.
+    Raises: what `start_cluster` and `deploy_to` raise, after stopping; ClusterError if the cluster dies meanwhile.
     """
     # A closed terminal or a supervisor's SIGTERM means the same as Ctrl-C: leave nothing behind.
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
-    settings = resolve_model(settings)  # a wrong name must not wait for a cluster
     existing = find_cluster()
     cluster = existing
     keep = False
     try:
         with console.status("starting a Ray cluster") as status:
             cluster = existing or start_cluster()
-            served = deploy(cluster, settings, status.update)
-        _explain(console, served, detach)
+            lines = deploy_to(cluster, status.update)
+        for line in [*lines, "stop it with `swiftkv down`" if detach else "Ctrl-C stops it"]:
+            # soft_wrap: a pasted command must be one line.
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
         keep = detach
         if not detach:
             _wait_for_interrupt(cluster)
@@ -93,20 +106,36 @@ def _take_down(cluster: Cluster, existing: Cluster | None, console: Console) -> 
         console.print("stopped")
     elif find_cluster():
         undeploy(cluster)
-        console.print("the pool is stopped; the cluster was running before and stays (`swiftkv down` stops it)")
+        console.print("what was served is stopped; the cluster was running before and stays (`swiftkv down` stops it)")
 
 
-def _explain(console: Console, served: ServeSettings, detached: bool) -> None:
-    body = json.dumps({"model": served.model_id, "prompt": "def main(", "max_tokens": 32})
-    console.print(f"serving {served.model_id} at {served.base_url}", markup=False)
-    # soft_wrap: a pasted command must be one line.
-    console.print(
-        f"  curl {served.base_url}/completions -H 'Content-Type: application/json' -d {shlex.quote(body)}",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
-    )
-    console.print("stop it with `swiftkv down`" if detached else "Ctrl-C stops it")
+def read_serve_config(path: Path) -> dict[str, Any]:
+    """A Serve config file's content.
+
+    Raises: ConfigError if it is no such file.
+    """
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}.") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML: {error}") from error
+    if not isinstance(config, dict) or not config.get("applications"):
+        raise ConfigError(f"{path}: no Serve config; it needs `applications` (see deployments/serve).")
+    return config
+
+
+def _describe_config(config: dict[str, Any], base_url: str) -> list[str]:
+    names = ", ".join(entry["name"] for entry in config["applications"])
+    return [f"serving {names} at {base_url}", f"  curl {base_url}/models"]
+
+
+def _describe_model(served: ServeSettings) -> list[str]:
+    body = shlex.quote(json.dumps({"model": served.model_id, "prompt": "def main(", "max_tokens": 32}))
+    return [
+        f"serving {served.model_id} at {served.base_url}",
+        f"  curl {served.base_url}/completions -H 'Content-Type: application/json' -d {body}",
+    ]
 
 
 def _wait_for_interrupt(cluster: Cluster) -> None:

@@ -4,21 +4,17 @@ Called by: bench/engine.py, evaluate/tasks.py, examples/quality, scripts/smoke_e
 """
 
 import os
-import random
-import socket
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from swiftkv.engine.compiler import EAGER_REASON
 from swiftkv.engine.settings import EngineSettings
+from swiftkv.engine.side_channel import choose_side_channel
 from swiftkv.errors import EngineError
-
-_SIDE_CHANNEL_PORTS = range(20000, 30000)
-"""Below the ports that the kernel gives outgoing connections: vLLM binds one only after it has loaded the model."""
 
 KVTransfer = dict[str, Any]
 """vLLM's `kv_transfer_params` of one prompt: where its KV is, for the engine that is to decode it."""
@@ -42,30 +38,15 @@ def run_engine(folder: Path, settings: EngineSettings) -> Iterator[Any]:
         print(f"engine: {EAGER_REASON}", file=sys.stderr)
     with tempfile.TemporaryDirectory(prefix="swk-") as sockets:
         # vLLM leaves its sockets where they are, and prefers VLLM_CPU_KVCACHE_SPACE to the engine's argument.
-        own = {"VLLM_RPC_BASE_PATH": sockets, "VLLM_CPU_KVCACHE_SPACE": None, **_choose_side_channel(settings)}
+        own: dict[str, str | None] = {"VLLM_RPC_BASE_PATH": sockets, "VLLM_CPU_KVCACHE_SPACE": None}
+        if settings.kv_transfer != "none":
+            own |= choose_side_channel("127.0.0.1")
         with _set_environment({**settings.build_environment(), **own}):
             llm = _start(folder, settings)
         try:
             yield llm
         finally:
             llm.llm_engine.engine_core.shutdown()
-
-
-def _choose_side_channel(settings: EngineSettings) -> dict[str, str]:
-    """Environment of an engine that transfers KV: where others ask for its NIXL address, a free port of loopback.
-
-    Raises: EngineError if there is no free port.
-    """
-    if settings.kv_transfer == "none":
-        return {}
-    for port in random.sample(_SIDE_CHANNEL_PORTS, len(_SIDE_CHANNEL_PORTS)):
-        with closing(socket.socket()) as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-        return {"VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1", "VLLM_NIXL_SIDE_CHANNEL_PORT": str(port)}
-    raise EngineError(f"no free port on 127.0.0.1 between {_SIDE_CHANNEL_PORTS.start} and {_SIDE_CHANNEL_PORTS[-1]}.")
 
 
 def _start(folder: Path, settings: EngineSettings) -> Any:

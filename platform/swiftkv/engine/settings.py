@@ -64,6 +64,8 @@ class EngineSettings(StrictModel):
     """What of a SwiftKV model is loaded: all of it, or the first half, which fills KV for a decode engine."""
     kv_transfer: Literal["none", "producer", "consumer"] = "none"
     """Whether KV goes to (prefill) or comes from (decode) another engine, over NIXL."""
+    kv_lease_s: int = Field(default=30, ge=3)
+    """Seconds for which a producer keeps KV that no engine has come for."""
     num_ngram_tokens: int = Field(default=0, ge=0)
     """Tokens that speculative decoding guesses per step from n-grams of the text so far; 0 guesses none."""
     max_loras: int = Field(default=0, ge=0)
@@ -93,8 +95,12 @@ class EngineSettings(StrictModel):
         if self.streamed_from is not None:
             arguments |= {"load_format": STREAM_FORMAT, "model_loader_extra_config": self.streamed_from.model_dump()}
         if self.kv_transfer != "none":
-            transfer = {"kv_connector": "NixlConnector", "kv_role": f"kv_{self.kv_transfer}"}
-            arguments["kv_transfer_config"] = transfer
+            arguments["kv_transfer_config"] = {
+                "kv_connector": "NixlConnector",
+                "kv_role": f"kv_{self.kv_transfer}",
+                "kv_load_failure_policy": "recompute",  # a prompt whose KV was lost on the way is computed here
+                "kv_connector_extra_config": {"kv_lease_duration": self.kv_lease_s},
+            }
         if self.num_ngram_tokens:
             guess = {"method": "ngram", "num_speculative_tokens": self.num_ngram_tokens, "prompt_lookup_max": 4}
             arguments["speculative_config"] = guess

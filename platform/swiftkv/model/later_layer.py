@@ -1,6 +1,7 @@
 """A later layer as the student runs it: queries of its own, keys and values from the boundary hidden state.
 
-And as the teacher runs its last one where only some positions are asked for. Does not build layers of a family or decide which of them lead a group (modeling.py).
+And as the teacher runs its last one where only some positions are asked for.
+Does not build layers of a family or decide which of them lead a group (modeling.py).
 Called by: model/modeling.py.
 Calls: transformers' attention, families.py.
 
@@ -110,7 +111,7 @@ class LaterLayer(nn.Module):
     def _attend(self, query_BSQ: Tensor, key: Tensor, value: Tensor, queried: Boundary) -> Tensor:
         """Attention output of projected queries over keys and values. Shapes: [B, S, N * H] -> [B, S, D]."""
         attention = self.self_attn
-        query = query_BSQ.unflatten(-1, (-1, attention.head_dim))
+        query = query_BSQ.view(*query_BSQ.shape[:-1], -1, attention.head_dim)
         if self.norms_heads:
             query = attention.q_norm(query)
         query = query.transpose(1, 2)

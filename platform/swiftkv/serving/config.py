@@ -1,4 +1,4 @@
-"""What can be set about serving one model from one pool. The engine's own settings are in engine/settings.py.
+"""What can be set about serving a model from one pool or two. The engine's own settings are in engine/settings.py.
 
 Imports neither ray nor vllm. Does not read the registry: a model is named here and fetched in `source`.
 Called by: serving/app.py (as the typed arguments of a Serve config file), serving/deploy.py, cli/serve.py.
@@ -10,8 +10,8 @@ from swiftkv.config import StrictModel
 from swiftkv.engine.settings import EngineSettings
 
 
-class PoolSettings(StrictModel):
-    """One model behind one pool of identical replicas."""
+class ModelSettings(StrictModel):
+    """What is served, and where it comes from."""
 
     model: str = Field(min_length=1)
     """NAME, NAME@VERSION or NAME@ALIAS in the registry, or the path of a checkpoint folder."""
@@ -25,6 +25,10 @@ class PoolSettings(StrictModel):
     stream: bool = False
     """Take the tensors straight from the store into the engine, verified, without a copy on the node's disk. For one
     engine per node: several share a copy, and each streams by itself."""
+
+
+class PoolSettings(ModelSettings):
+    """One model behind one pool of identical replicas."""
 
     engine: EngineSettings = EngineSettings(kv_cache_gib=0.5, max_num_seqs=16)
     """Of each replica's engine. The defaults fit beside everything else into two cores and 8 GB."""
@@ -66,3 +70,78 @@ class ServeSettings(PoolSettings):
     def pool(self) -> PoolSettings:
         """These settings without the endpoint's."""
         return PoolSettings.model_validate(self.model_dump(include=set(PoolSettings.model_fields)))
+
+
+class HopSettings(StrictModel):
+    """When a decode replica sends a prompt to the prefill pool, and what it does if that fails."""
+
+    min_tokens: int | None = Field(default=None, ge=0)
+    """Uncached prompt tokens from which on prompts are sent; None: where it is cheaper by what was measured."""
+
+    min_tokens_unmeasured: int = Field(default=256, ge=0)
+    """The same until both ways were measured."""
+
+    timeout_s: float = Field(default=20.0, gt=0)
+    """Seconds for the prefill pool's answer; then the decode replica prefills the prompt itself."""
+
+    retry_s: float = Field(default=5.0, gt=0)
+    """Seconds for which a prefill pool that failed is not asked again."""
+
+    remembered_characters: int = Field(default=1 << 20, ge=0)
+    """Of texts whose KV this replica may still have, so that they need no hop. About four a token of its cache."""
+
+
+class PairedPool(StrictModel):
+    """One of the two pools."""
+
+    engine: EngineSettings = EngineSettings(kv_cache_gib=0.5, max_num_seqs=16)
+    """Of each replica's engine; its role and KV transfer are set by the pool."""
+
+    num_cpus: float = Field(default=1, ge=0)
+    """CPUs a replica takes from Ray's count. Scheduling only; `engine.cpu_cores` says what it really uses."""
+
+    min_replicas: int = Field(default=1, ge=0)
+    """Engines at least."""
+
+    max_replicas: int = Field(default=1, ge=1)
+    """Engines at most; more than `min_replicas` lets the policy choose."""
+
+    max_ongoing_requests: int = Field(default=32, ge=1)
+    """Requests one replica holds, running and waiting."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "PairedPool":
+        if self.max_replicas < self.min_replicas:
+            raise ValueError(f"max_replicas ({self.max_replicas}) is less than min_replicas ({self.min_replicas})")
+        if (self.engine.role, self.engine.kv_transfer) != ("full", "none"):
+            raise ValueError("engine.role and engine.kv_transfer are set by the pool; leave them out")
+        return self
+
+
+class PairSettings(ModelSettings):
+    """One model behind a prefill pool and a decode pool, between which KV moves by NIXL."""
+
+    prefill: PairedPool = PairedPool()
+    """Replicas with the first half of the model."""
+
+    decode: PairedPool = PairedPool()
+    """Replicas with the whole model, which answer."""
+
+    hop: HopSettings = HopSettings()
+    """When prompts go to the prefill pool."""
+
+    kv_lease_s: int = Field(default=30, ge=3)
+    """Seconds for which a prefill replica keeps KV that nobody has come for."""
+
+    @model_validator(mode="after")
+    def _check_agreement(self) -> "PairSettings":
+        for name in ("dtype", "kv_cache_dtype", "tensor_parallel_size"):
+            values = [getattr(pool.engine, name) for pool in (self.prefill, self.decode)]
+            if values[0] != values[1]:
+                raise ValueError(
+                    f"prefill.engine.{name} is {values[0]} and decode.engine.{name} is {values[1]}: KV cannot move "
+                    "between them; give both the same"
+                )
+        if self.decode.min_replicas == 0 and self.prefill.min_replicas > 0:
+            raise ValueError("decode.min_replicas is 0 and prefill.min_replicas is not: nobody would take the KV")
+        return self

@@ -45,13 +45,33 @@ def deploy(cluster: Cluster, settings: ServeSettings, on_progress: Progress = la
     on_progress("fetching the model")
     settings = resolve_model(settings)
     client = _connect(cluster)
-    _check_endpoint(client, settings)
+    _check_endpoint(client, settings.host, settings.port)
     on_progress("building the application")
     client.deploy_applications(build_serve_config(settings))
-    _wait_until_running(client, cluster, on_progress)
+    _wait_until_running(client, cluster, [APPLICATION], on_progress)
     on_progress("answering a first request")
     _send_first_request(settings)
     return settings
+
+
+def deploy_config(cluster: Cluster, config: dict[str, Any], on_progress: Progress = lambda _: None) -> str:
+    """Deploys a Serve config file's content and returns the endpoint's base URL, once every application runs.
+
+    Applications that are already deployed and not in the config are removed, as `serve deploy` does.
+    Raises: ConfigError if Serve refuses the config or the port is taken; ClusterError if the cluster does not answer;
+    EngineError with the replica's own error lines if an application does not start.
+    """
+    client = _connect(cluster)
+    options = config.get("http_options") or {}
+    host, port = options.get("host", "127.0.0.1"), options.get("port", 8000)
+    _check_endpoint(client, host, port)
+    on_progress("building the applications")
+    try:
+        client.deploy_applications({**config, "http_options": {**options, "host": host, "port": port}})
+    except RuntimeError as error:
+        raise ConfigError(f"Ray Serve refused the config: {error}") from error
+    _wait_until_running(client, cluster, [entry["name"] for entry in config["applications"]], on_progress)
+    return f"http://{host}:{port}/v1"
 
 
 def undeploy(cluster: Cluster) -> None:
@@ -84,34 +104,35 @@ def _connect(cluster: Cluster) -> Any:
         raise ClusterError(f"the cluster at {cluster.dashboard_url} does not answer: {error}") from error
 
 
-def _check_endpoint(client: Any, settings: ServeSettings) -> None:
+def _check_endpoint(client: Any, host: str, port: int) -> None:
     bound = client.get_serve_details().get("http_options") or {}
     if bound.get("port"):
-        if (bound["host"], bound["port"]) != (settings.host, settings.port):
+        if (bound["host"], bound["port"]) != (host, port):
             raise ConfigError(
                 f"this cluster already serves on {bound['host']}:{bound['port']} and cannot move to "
-                f"{settings.host}:{settings.port}. Use that port, or stop the cluster with `swiftkv down` first."
+                f"{host}:{port}. Use that port, or stop the cluster with `swiftkv down` first."
             )
-    elif not is_port_free(settings.port):
-        raise ConfigError(f"port {settings.port} is taken by another program. Choose another with --port.")
+    elif not is_port_free(port):
+        raise ConfigError(f"port {port} is taken by another program. Choose another with --port.")
 
 
-def _wait_until_running(client: Any, cluster: Cluster, on_progress: Progress) -> None:
+def _wait_until_running(client: Any, cluster: Cluster, names: list[str], on_progress: Progress) -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
     reported = ""
     while time.monotonic() < deadline:
-        application = client.get_serve_details()["applications"].get(APPLICATION, {})
-        status = application.get("status", "NOT_STARTED")
-        if status == "RUNNING":
+        applications = client.get_serve_details()["applications"]
+        waiting = [name for name in names if applications.get(name, {}).get("status") != "RUNNING"]
+        if not waiting:
             return
-        if status in ("DEPLOY_FAILED", "UNHEALTHY"):
-            raise EngineError(_describe_failure(application, cluster))
-        state = _describe_state(application)
+        for name in waiting:
+            if applications.get(name, {}).get("status") in ("DEPLOY_FAILED", "UNHEALTHY"):
+                raise EngineError(_describe_failure(applications[name], cluster))
+        state = _describe_state(applications.get(waiting[0], {}))
         if state != reported:
             on_progress(state)
             reported = state
         time.sleep(_POLL_S)
-    raise EngineError(f"the engine was not up after {START_TIMEOUT_S:.0f} s. Logs: {cluster.folder}")
+    raise EngineError(f"{', '.join(waiting)} not up after {START_TIMEOUT_S:.0f} s. Logs: {cluster.folder}")
 
 
 def _send_first_request(settings: ServeSettings) -> None:
@@ -128,7 +149,7 @@ def _send_first_request(settings: ServeSettings) -> None:
 
 def _describe_state(application: dict[str, Any]) -> str:
     starting = [
-        name.removeprefix("LLMServer:")
+        name.partition(":")[2] or name
         for name, deployment in application.get("deployments", {}).items()
         if deployment["status"] != "HEALTHY" and name != "ingress"
     ]

@@ -5,20 +5,20 @@ Called by: serving/app.py, serving/deploy.py. Calls: registry.
 """
 
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from swiftkv.config import home
-from swiftkv.engine.settings import WeightsSource
+from swiftkv.engine.settings import EngineSettings, WeightsSource
 from swiftkv.errors import CheckpointError, ConfigError
-from swiftkv.serving.config import PoolSettings
+from swiftkv.serving.config import ModelSettings, PairSettings, PoolSettings
 
-AnyPool = TypeVar("AnyPool", bound=PoolSettings)
+AnyModel = TypeVar("AnyModel", bound=ModelSettings)
 
 _in_use: list[object] = []
 """Fetched versions: the node's cache evicts none of them while this process lives."""
 
 
-def resolve_model(settings: AnyPool) -> AnyPool:
+def resolve_model(settings: AnyModel) -> AnyModel:
     """The same settings with `model` as the absolute path of a local folder and `model_id` filled in.
 
     A model of the registry is fetched and compared with its manifest, without its tensors if they are to be streamed;
@@ -26,13 +26,13 @@ def resolve_model(settings: AnyPool) -> AnyPool:
     Raises: CheckpointError if a path is no checkpoint folder; ConfigError if one is to be streamed; RegistryError or
     its kinds from the registry.
     """
-    engine = settings.engine
+    source = _list_engines(settings)[0].streamed_from
     if _looks_like_path(settings.model):
         # A pool that was resolved before has its folder in `model`, and where to stream from in `engine`.
-        if settings.stream and engine.streamed_from is None:
+        if settings.stream and source is None:
             raise ConfigError(f"model is the folder {settings.model}, and only a published version can be streamed.")
         folder = Path(settings.model).expanduser().absolute()
-        _check_folder(folder, has_tensors=engine.streamed_from is None)
+        _check_folder(folder, has_tensors=source is None)
         name = folder.name
     else:
         from swiftkv.registry.registry import Registry  # obstore is needed only here
@@ -40,15 +40,31 @@ def resolve_model(settings: AnyPool) -> AnyPool:
         registry = Registry(settings.store or home() / "registry")
         if settings.stream:
             fetched = registry.fetch_without_weights(settings.model)
-            reference = f"{fetched.name}@{fetched.version}"
-            engine = engine.model_copy(
-                update={"streamed_from": WeightsSource(store=registry.location, reference=reference)}
-            )
+            source = WeightsSource(store=registry.location, reference=f"{fetched.name}@{fetched.version}")
         else:
             fetched = registry.fetch(settings.model)
         _in_use.append(fetched)
         folder, name = fetched.path.absolute(), fetched.name
-    return settings.model_copy(update={"model": str(folder), "model_id": settings.model_id or name, "engine": engine})
+    named = settings.model_copy(update={"model": str(folder), "model_id": settings.model_id or name})
+    return _put_source(named, source)
+
+
+def _list_engines(settings: ModelSettings) -> list[EngineSettings]:
+    if isinstance(settings, PairSettings):
+        return [settings.prefill.engine, settings.decode.engine]
+    assert isinstance(settings, PoolSettings)
+    return [settings.engine]
+
+
+def _put_source(settings: AnyModel, source: WeightsSource | None) -> AnyModel:
+    def put(part: Any) -> Any:
+        return part.model_copy(update={"engine": part.engine.model_copy(update={"streamed_from": source})})
+
+    if isinstance(settings, PairSettings):
+        changes = {"prefill": put(settings.prefill), "decode": put(settings.decode)}
+    else:
+        changes = {"engine": put(settings).engine}
+    return settings.model_copy(update=changes)
 
 
 def _looks_like_path(model: str) -> bool:

@@ -4,38 +4,38 @@ import os
 
 from swiftkv.cluster.haproxy import NUM_PORTS, prepare_haproxy
 from swiftkv.engine.settings import EngineSettings
-from swiftkv.serving.app import build_llm_config
 from swiftkv.serving.config import PoolSettings
+from swiftkv.serving.pools import build_pool
 
 
-def build_settings(**changes):
-    return PoolSettings(**{"model": "/models/tiny", "model_id": "tiny", **changes})
+def build_config(**changes):
+    return build_pool(PoolSettings(**{"model": "/models/tiny", "model_id": "tiny", **changes}))[0]
 
 
 def test_the_engine_s_settings_reach_vllm():
     engine = {"enforce_eager": True, "kv_cache_gib": 0.25, "max_model_len": 4096}
-    config = build_llm_config(build_settings(engine=engine))
+    config = build_config(engine=engine)
     assert config.engine_kwargs == EngineSettings(**engine).build_engine_arguments()
     assert config.engine_kwargs["kv_cache_memory_bytes"] == 2**28
 
 
 def test_bound_cores_are_left_as_set():
-    environment = build_llm_config(build_settings(engine={"cpu_cores": "0"})).runtime_env["env_vars"]
+    environment = build_config(engine={"cpu_cores": "0"}).runtime_env["env_vars"]
     assert environment["VLLM_CPU_OMP_THREADS_BIND"] == "0"
 
 
 def test_vllm_chooses_the_cores_of_one_replica():
-    assert "VLLM_CPU_OMP_THREADS_BIND" not in build_llm_config(build_settings()).runtime_env["env_vars"]
+    assert "VLLM_CPU_OMP_THREADS_BIND" not in build_config().runtime_env["env_vars"]
 
 
 def test_replicas_of_one_machine_are_not_bound_to_the_same_cores():
-    environment = build_llm_config(build_settings(num_replicas=2)).runtime_env["env_vars"]
+    environment = build_config(num_replicas=2).runtime_env["env_vars"]
     assert environment["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
     assert int(environment["OMP_NUM_THREADS"]) == max(1, len(os.sched_getaffinity(0)) // 2)
 
 
 def test_pool_is_on_cpus_without_batching_and_with_a_bounded_queue():
-    config = build_llm_config(build_settings(num_replicas=3, max_ongoing_requests=20))
+    config = build_config(num_replicas=3, max_ongoing_requests=20)
     assert config.accelerator_config.kind == "cpu"
     assert config.experimental_configs["stream_batching_interval_ms"] == 0
     assert config.deployment_config["num_replicas"] == 3

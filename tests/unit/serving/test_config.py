@@ -1,4 +1,4 @@
-"""Settings of a pool: what is refused, what an endpoint's address is, and what a Serve config file may say."""
+"""Settings of pools: what is refused, what an endpoint's address is, and what a Serve config file may say."""
 
 from pathlib import Path
 
@@ -8,10 +8,16 @@ from ray.serve.schema import ServeDeploySchema
 
 from swiftkv.config import parse_settings
 from swiftkv.errors import ConfigError
-from swiftkv.serving.config import PoolSettings, ServeSettings
+from swiftkv.serving.config import PairSettings, PoolSettings, ServeSettings
 from swiftkv.serving.deploy import build_serve_config
+from swiftkv.serving.gateway.settings import GatewaySettings
 
 CONFIG_FILES = sorted((Path(__file__).parents[3] / "deployments" / "serve").glob("*.yaml"))
+SETTINGS = {
+    "swiftkv.serving.app:build_app": PoolSettings,
+    "swiftkv.serving.app:build_pair_version": PairSettings,
+    "swiftkv.serving.gateway.app:build_gateway_app": GatewaySettings,
+}
 
 
 @pytest.mark.parametrize(
@@ -44,8 +50,31 @@ def test_config_file_is_what_serve_and_the_builder_accept(path):
     config = yaml.safe_load(path.read_text())
     ServeDeploySchema.model_validate(config)
     assert config["http_options"]["host"] == "127.0.0.1"
+    names = [application["name"] for application in config["applications"]]
     for application in config["applications"]:
-        parse_settings(application["args"], PoolSettings, path.name)
+        settings = parse_settings(application["args"], SETTINGS[application["import_path"]], path.name)
+        if isinstance(settings, GatewaySettings):
+            routes = [route.application for model in settings.models.values() for route in model.routes]
+            assert set(routes) <= set(names)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (
+            {"decode": {"engine": {"dtype": "float32"}}},
+            r"prefill\.engine\.dtype is auto and decode\.engine\.dtype is float32",
+        ),
+        ({"prefill": {"engine": {"kv_cache_dtype": "fp8"}}}, "kv_cache_dtype"),
+        ({"prefill": {"min_replicas": 3, "max_replicas": 2}}, r"max_replicas \(2\) is less than min_replicas \(3\)"),
+        ({"prefill": {"engine": {"role": "full", "kv_transfer": "producer"}}}, "leave them out"),
+        ({"decode": {"min_replicas": 0}}, "nobody would take the KV"),
+        ({"hop": {"timeout_s": 0}}, "timeout_s"),
+    ],
+)
+def test_pools_that_cannot_work_together_are_refused_by_name(wrong, said):
+    with pytest.raises(ConfigError, match=said):
+        parse_settings({"model": "tiny"} | wrong, PairSettings, "test")
 
 
 def test_deploying_from_code_says_what_the_config_file_says():

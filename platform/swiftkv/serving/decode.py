@@ -1,0 +1,154 @@
+"""The decode replica: takes a request, has its prompt prefilled where that is cheaper, and answers it.
+
+Ray Serve LLM's decode server passes a failed prefill on to the client; this one then prefills the prompt itself, so
+a prefill pool that is empty, cold or broken makes answers slower and never takes them away. Generates nothing itself:
+both engines are vLLM's, and KV moves between them by NIXL.
+Called by: Ray Serve, as built in serving/pools.py.
+Calls: serving/hop.py, serving/workload.py, Ray Serve LLM's decode server.
+"""
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import AsyncGenerator
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.serve.llm import LLMConfig
+from ray.serve.llm.deployment import LLMServer, PDDecodeServer
+from ray.serve.llm.openai_api_models import ChatCompletionRequest
+
+from swiftkv.engine.side_channel import choose_side_channel
+from swiftkv.metrics import count, record
+from swiftkv.serving.config import HopSettings
+from swiftkv.serving.hop import HopCosts, SeenPrefixes, name_beginning
+from swiftkv.serving.prompts import BYTES_PER_TOKEN, count_sequences, estimate_tokens, read_prompt
+from swiftkv.serving.workload import DecodeWorkload, Served
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Prompt:
+    """What is known of a request's prompt before it is tokenised."""
+
+    text: str
+    """Of all messages, or the token ids written out: for comparing beginnings."""
+    tokens: float
+    """Estimated, or counted where the request has token ids."""
+    uncached: float
+    """Of these, not in this engine's cache."""
+
+
+class DecodeServer(PDDecodeServer):
+    """A decode engine that asks the prefill pool for help where it pays."""
+
+    async def __init__(  # type: ignore[misc]  # as Ray has it
+        self, llm_config: LLMConfig, *, prefill_server: Any, hop: HopSettings, kv_capacity_tokens: float, **others: Any
+    ) -> None:
+        self._costs = HopCosts(hop)
+        self._bytes_per_token = BYTES_PER_TOKEN
+        self._seen = SeenPrefixes(hop.remembered_characters)
+        self._avoided_until = 0.0
+        self._workload = DecodeWorkload(kv_capacity_tokens)
+        os.environ.update(choose_side_channel(ray.util.get_node_ip_address()))  # see PrefillServer
+        await super().__init__(llm_config, prefill_server=prefill_server, **others)
+
+    async def _pd_handle_request(self, request: Any, raw_request_info: Any = None) -> AsyncGenerator[Any, None]:
+        """The answer's chunks. Overrides the one place where Ray's server joins both pools."""
+        method = "chat" if isinstance(request, ChatCompletionRequest) else "completions"
+        prompt = self._measure_prompt(request)
+        started = time.monotonic()
+        handed_over, request = await self._prefill_remotely(method, request, raw_request_info, prompt)
+        count("swiftkv_hop_prompts_total", 1, way="remote" if handed_over else "local")
+        served = Served(prompt.tokens, prompt.uncached, bool(handed_over))
+        self._workload.begin(served)
+        try:
+            chunks = await getattr(LLMServer, method)(self, request, raw_request_info)
+            async for chunk in chunks:
+                is_first = not served.completion_tokens
+                self._workload.take_chunk(served, _count_tokens(chunk))
+                # A whole answer comes at once, so its first chunk tells nothing about the first token.
+                if is_first and getattr(request, "stream", False):
+                    self._note_first_token(prompt, handed_over, started)
+                yield chunk
+        finally:
+            if served.completion_tokens:
+                self._seen.add(prompt.text)
+            self._workload.end(served)
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Serve's hook: what the policy is to know of this replica."""
+        return self._workload.report()
+
+    def _measure_prompt(self, request: Any) -> Prompt:
+        text, _ = read_prompt(request)
+        tokens = estimate_tokens(request, self._bytes_per_token)
+        seen = self._seen.count_seen(text) / max(1, len(text))
+        return Prompt(text, tokens, tokens * (1 - seen))
+
+    async def _prefill_remotely(
+        self, method: str, request: Any, raw_request_info: Any, prompt: Prompt
+    ) -> tuple[float, Any]:
+        """When the prefill pool answered (0 if it was not asked or failed), and the request to decode."""
+        costs, now = self._costs, time.monotonic()
+        break_even = costs.find_break_even(self._workload.num_running, self._workload.waiting_tokens)
+        record("swiftkv_hop_break_even_tokens", min(break_even, 1e9))
+        if now < self._avoided_until or count_sequences(request) != 1:  # one answer hands over one sequence's KV
+            return 0.0, request
+        if not costs.choose_remote(prompt.uncached, self._workload.num_running, self._workload.waiting_tokens):
+            return 0.0, request
+        backend = self._get_connector_backend()
+        asked = backend.prepare_prefill_request(request=request, peer=None)
+        handle = self._prefill_handle
+        if beginning := name_beginning(prompt.text):
+            handle = handle.options(session_id=beginning)
+        answers = getattr(handle, method).remote(asked, raw_request_info)
+        try:
+            answer = await asyncio.wait_for(anext(aiter(answers)), costs.settings.timeout_s)
+        except asyncio.CancelledError:
+            answers.cancel()
+            raise
+        except Exception as error:  # whatever it was, this engine can still answer
+            with suppress(Exception):
+                answers.cancel()
+            self._avoid_prefill_pool(repr(error))
+            return 0.0, request
+        if not getattr(answer, "kv_transfer_params", None):
+            # An error of the request's own comes again from this engine, with its reason.
+            logger.warning("prefill pool returned no KV: %s", type(answer).__name__)
+            return 0.0, request
+        finished = time.monotonic()
+        costs.remote.add(prompt.uncached, finished - now)
+        self._learn_tokens(prompt, answer)
+        return finished, backend.prepare_decode_request(request=request, peer=None, prefill_response=answer)
+
+    def _avoid_prefill_pool(self, reason: str) -> None:
+        self._avoided_until = time.monotonic() + self._costs.settings.retry_s
+        count("swiftkv_hop_failures_total", 1)
+        logger.warning("prefilling here for %.0f s: the prefill pool failed: %s", self._costs.settings.retry_s, reason)
+
+    def _learn_tokens(self, prompt: Prompt, answer: Any) -> None:
+        usage = getattr(answer, "usage", None)
+        if usage is not None and usage.prompt_tokens:
+            self._bytes_per_token += 0.1 * (len(prompt.text.encode()) / usage.prompt_tokens - self._bytes_per_token)
+
+    def _note_first_token(self, prompt: Prompt, handed_over: float, started: float) -> None:
+        now = time.monotonic()
+        if handed_over:
+            self._costs.transfer.add(prompt.uncached, now - handed_over)
+        elif (
+            self._workload.num_running == 1 and not self._workload.waiting_tokens
+        ):  # alone: neither a queue nor others' tokens in it
+            self._costs.local.add(prompt.uncached, now - started)
+
+
+def _count_tokens(chunk: Any) -> int:
+    """Tokens in an item of an answer: an event of a stream has one, a whole answer says how many."""
+    usage = getattr(chunk, "usage", None)
+    if usage is not None:
+        return max(1, usage.completion_tokens or 0)
+    return max(1, len(chunk)) if isinstance(chunk, list) else 1

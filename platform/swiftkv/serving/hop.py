@@ -1,0 +1,129 @@
+"""When a prompt is worth sending to the prefill pool: what the hop costs, and what prefilling here costs everyone.
+
+Pure bookkeeping of measured seconds; calls nobody and knows neither Ray nor vLLM.
+Called by: serving/decode.py.
+
+All of it is measured by the replica that decides: the answer's time of remote prefills (their queue and their compute
+together), the time from there to the first token (the transfer), and the time to the first token of prompts that were
+prefilled here. Each is a line in the number of uncached prompt tokens, fitted with old points fading.
+"""
+
+import zlib
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+from swiftkv.serving.config import HopSettings
+
+_FADING = 0.9
+"""What a point weighs after the next one. About the last twenty count."""
+_PREFIX_CHARACTERS = 256
+_BEGINNING_PIECES = 4
+_LONGEST_TOKENS = 1 << 20
+
+
+@dataclass
+class FadingLine:
+    """Seconds as `base + per_token * tokens`, least squares over points that fade; never falling in the tokens."""
+
+    weight: float = 0.0
+    tokens: float = 0.0
+    seconds: float = 0.0
+    squares: float = 0.0
+    products: float = 0.0
+
+    def add(self, tokens: float, seconds: float) -> None:
+        """One measured point."""
+        sums = (self.weight, self.tokens, self.seconds, self.squares, self.products)
+        point = (1.0, tokens, seconds, tokens * tokens, tokens * seconds)
+        self.weight, self.tokens, self.seconds, self.squares, self.products = (
+            _FADING * old + new for old, new in zip(sums, point, strict=True)
+        )
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether there is any point."""
+        return self.weight > 0
+
+    def predict(self, tokens: float) -> float:
+        """Seconds for so many tokens. Raises: ZeroDivisionError before the first point."""
+        mean_tokens, mean_seconds = self.tokens / self.weight, self.seconds / self.weight
+        spread = self.squares / self.weight - mean_tokens**2
+        if spread < 1.0:  # all points at one length: in proportion
+            return mean_seconds * tokens / max(mean_tokens, 1.0)
+        slope = max(0.0, (self.products / self.weight - mean_tokens * mean_seconds) / spread)
+        slope = min(slope, mean_seconds / max(mean_tokens, 1.0))  # no negative base
+        return mean_seconds + slope * (tokens - mean_tokens)
+
+
+@dataclass
+class HopCosts:
+    """What the replica knows of both ways."""
+
+    settings: HopSettings
+    remote: FadingLine = field(default_factory=FadingLine)
+    transfer: FadingLine = field(default_factory=FadingLine)
+    local: FadingLine = field(default_factory=FadingLine)
+
+    def choose_remote(self, tokens: float, running: int, waiting_tokens: float) -> bool:
+        """Whether a prompt of so many uncached tokens is prefilled in the other pool.
+
+        `running`: sequences that decode here, each of which waits while a prompt is prefilled here.
+        `waiting_tokens`: prompt tokens that this engine has to prefill before.
+        """
+        if self.settings.min_tokens is not None:
+            return tokens >= self.settings.min_tokens
+        if not (self.remote.is_measured and self.transfer.is_measured and self.local.is_measured):
+            return tokens >= self.settings.min_tokens_unmeasured
+        here = self.local.predict(tokens) * (1 + running) + self.local.predict(waiting_tokens) * (waiting_tokens > 0)
+        return self.remote.predict(tokens) + self.transfer.predict(tokens) < here
+
+    def find_break_even(self, running: int, waiting_tokens: float) -> float:
+        """Fewest tokens for which the hop pays, by bisection; infinity if it never does."""
+        if not self.choose_remote(_LONGEST_TOKENS, running, waiting_tokens):
+            return float("inf")
+        low, high = 0, _LONGEST_TOKENS
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if self.choose_remote(middle, running, waiting_tokens) else (middle + 1, high)
+        return float(low)
+
+
+class SeenPrefixes:
+    """Beginnings of texts that this replica's engine has held, as far as its KV cache reaches."""
+
+    def __init__(self, capacity_characters: int) -> None:
+        self._pieces: OrderedDict[int, None] = OrderedDict()
+        self._capacity = max(1, capacity_characters // _PREFIX_CHARACTERS)
+
+    def count_seen(self, text: str) -> int:
+        """Characters from the start of the text that were seen, in whole pieces."""
+        seen = 0
+        for key in _hash_pieces(text):
+            if key not in self._pieces:
+                break
+            seen += _PREFIX_CHARACTERS
+        return seen
+
+    def add(self, text: str) -> None:
+        """Take a text as seen; the least recent pieces go."""
+        for key in _hash_pieces(text):
+            self._pieces[key] = None
+            self._pieces.move_to_end(key)
+        while len(self._pieces) > self._capacity:
+            self._pieces.popitem(last=False)
+
+
+def name_beginning(text: str) -> str | None:
+    """One name for all texts that begin alike; None for a text too short to gain by it."""
+    pieces = _hash_pieces(text[: _BEGINNING_PIECES * _PREFIX_CHARACTERS])
+    return f"{pieces[-1]:x}" if len(pieces) == _BEGINNING_PIECES else None
+
+
+def _hash_pieces(text: str) -> list[int]:
+    """One number per whole piece, which depends on everything before it."""
+    keys, before = [], 0
+    for start in range(0, len(text) - _PREFIX_CHARACTERS + 1, _PREFIX_CHARACTERS):
+        # Not hash(): replicas must agree.
+        before = zlib.crc32(text[start : start + _PREFIX_CHARACTERS].encode(errors="surrogatepass"), before)
+        keys.append(before)
+    return keys

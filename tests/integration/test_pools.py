@@ -1,0 +1,181 @@
+"""A prefill pool and a decode pool on a real cluster, with real engines and NIXL between them.
+
+One cluster serves every test, deployed with the function of `swiftkv serve CONFIG`. Processes are killed by the ids
+that Serve reports.
+"""
+
+import concurrent.futures
+import random
+import signal
+import time
+import urllib.request
+
+import openai
+import psutil
+import pytest
+from fakes import TinyShape, write_student
+from reference import generate_greedy, load_weights
+
+from swiftkv.cluster import choose_ports, start_cluster, stop_cluster
+from swiftkv.serving.deploy import deploy_config
+
+pytestmark = [pytest.mark.cluster, pytest.mark.engine]
+
+HOP_TOKENS = 20
+LENGTHS = (3, 30, 127, 128, 129, 300, 700, 1500)
+GREEDY = {"temperature": 0, "max_tokens": 8}
+TOKEN_IDS = {"ignore_eos": True, "return_token_ids": True}
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory):
+    return write_student(tmp_path_factory.mktemp("models") / "tiny", TinyShape(max_position_embeddings=2304), 2, 2)
+
+
+@pytest.fixture(scope="module")
+def weights(student):
+    return load_weights(student)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SWIFTKV_HOME", str(tmp_path_factory.mktemp("home")))
+        started = start_cluster()
+        yield started
+        stop_cluster(started)
+
+
+@pytest.fixture(scope="module")
+def client(cluster, student):
+    (port,) = choose_ports(1)
+    settings = {
+        "model": str(student),
+        "prefill": {"engine": build_engine("0"), "num_cpus": 0.5},
+        "decode": {"engine": build_engine("1"), "num_cpus": 0.5},
+        # Long, so that only a pool that says nothing at all is given up on a loaded machine.
+        "hop": {"min_tokens": HOP_TOKENS, "timeout_s": 60, "retry_s": 1},
+    }
+    config = {
+        "proxy_location": "HeadOnly",
+        "http_options": {"host": "127.0.0.1", "port": port},
+        "applications": [
+            {
+                "name": "pair",
+                "route_prefix": "/",
+                "import_path": "swiftkv.serving.app:build_pair_app",
+                "args": settings,
+            }
+        ],
+    }
+    return openai.OpenAI(base_url=deploy_config(cluster, config), api_key="none", max_retries=0, timeout=120)
+
+
+def build_engine(core):
+    sizes = {"kv_cache_gib": 0.06, "max_num_seqs": 8, "max_num_batched_tokens": 512}
+    return {"dtype": "float32", "enforce_eager": True, "cpu_cores": core, **sizes}
+
+
+def build_prompt(seed, length):
+    rng = random.Random(seed)
+    return [rng.randrange(256) for _ in range(length)]
+
+
+def complete(client, prompt):
+    answer = client.completions.create(model="tiny", prompt=prompt, **GREEDY, extra_body=TOKEN_IDS)
+    return answer.choices[0].token_ids
+
+
+def read_counter(cluster, name, **labels):
+    """What Ray's agent on this node exports of one of our counters, all replicas together."""
+    wanted = [f'{key}="{value}"' for key, value in labels.items()]
+    with urllib.request.urlopen(f"http://127.0.0.1:{find_metrics_port(cluster)}/metrics", timeout=10) as response:
+        lines = response.read().decode().splitlines()
+    found = [line for line in lines if line.startswith(f"ray_{name}{{") and all(label in line for label in wanted)]
+    return sum(float(line.rpartition(" ")[2]) for line in found)
+
+
+def find_metrics_port(cluster):
+    words = psutil.Process(cluster.pid).cmdline()
+    return words[words.index("--metrics-export-port") + 1]
+
+
+def wait_for(condition, timeout_s=60):
+    deadline = time.monotonic() + timeout_s
+    while not (value := condition()):
+        assert time.monotonic() < deadline, "nothing happened"
+        time.sleep(0.5)
+    return value
+
+
+def find_replica(cluster, prefix):
+    """The process of the one running replica of a deployment, or None."""
+    from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
+
+    details = ServeSubmissionClient(cluster.dashboard_url, headers=cluster.headers()).get_serve_details()
+    deployments = details["applications"]["pair"]["deployments"]
+    (deployment,) = [value for name, value in deployments.items() if name.startswith(prefix)]
+    running = [replica["pid"] for replica in deployment["replicas"] if replica["state"] == "RUNNING"]
+    return running[0] if len(running) == 1 and psutil.pid_exists(running[0]) else None
+
+
+def kill_replica(pid):
+    """The replica and its engine's process, as a machine that is lost takes both."""
+    process = psutil.Process(pid)
+    for victim in [*process.children(recursive=True), process]:
+        victim.send_signal(signal.SIGKILL)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_two_pools_give_the_reference_s_tokens(client, weights, length):
+    prompt = build_prompt(0, length)
+    assert complete(client, prompt) == generate_greedy(*weights, prompt, 8)
+
+
+def test_prompts_at_once_give_the_reference_s_tokens(client, weights):
+    prompts = [build_prompt(seed, 40 + 37 * seed) for seed in range(12)]
+    with concurrent.futures.ThreadPoolExecutor(12) as threads:
+        answers = list(threads.map(lambda prompt: complete(client, prompt), prompts))
+    assert answers == [generate_greedy(*weights, prompt, 8) for prompt in prompts]
+
+
+def test_streams_through_both_pools_are_whole(client):
+    prompt = build_prompt(1, 400)
+    whole = client.completions.create(model="tiny", prompt=prompt, **GREEDY)
+    chunks = list(client.completions.create(model="tiny", prompt=prompt, **GREEDY, stream=True))
+    assert "".join(chunk.choices[0].text for chunk in chunks if chunk.choices) == whole.choices[0].text
+
+
+def test_prompts_went_where_they_should(cluster, client):
+    """Short ones stayed: the length of one in LENGTHS is below the hop's; all others were handed over."""
+    wait_for(lambda: read_counter(cluster, "swiftkv_hop_prompts_total", way="remote") >= len(LENGTHS) - 1 + 12)
+    assert read_counter(cluster, "swiftkv_hop_prompts_total", way="local") >= 1
+    assert read_counter(cluster, "swiftkv_hop_failures_total") == 0
+    assert read_counter(cluster, "vllm_nixl_bytes_transferred_sum") > 0
+
+
+def test_a_killed_prefill_replica_takes_no_answer_away_and_is_used_again_when_it_is_back(cluster, client, weights):
+    prompts = [build_prompt(100 + seed, 60 + 40 * seed) for seed in range(16)]
+    before = read_counter(cluster, "swiftkv_hop_prompts_total", way="remote")
+    pid = wait_for(lambda: find_replica(cluster, "Prefill:"))
+    with concurrent.futures.ThreadPoolExecutor(4) as threads:
+        answers = [threads.submit(complete, client, prompt) for prompt in prompts]
+        answers[1].result()
+        kill_replica(pid)
+        assert [answer.result() for answer in answers] == [generate_greedy(*weights, p, 8) for p in prompts]
+    wait_for(lambda: find_replica(cluster, "Prefill:") not in (None, pid), timeout_s=240)
+
+    def is_used_again():
+        complete(client, build_prompt(time.time_ns(), 300))
+        return read_counter(cluster, "swiftkv_hop_prompts_total", way="remote") > before + len(prompts)
+
+    wait_for(is_used_again, timeout_s=120)
+
+
+def test_a_client_that_leaves_frees_the_engine(cluster, client):
+    stream = client.completions.create(
+        model="tiny", prompt=build_prompt(7, 300), max_tokens=1900, stream=True, extra_body={"ignore_eos": True}
+    )
+    next(iter(stream))
+    stream.close()
+    wait_for(lambda: read_counter(cluster, "vllm_num_requests_running") == 0, timeout_s=30)

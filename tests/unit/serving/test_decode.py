@@ -1,0 +1,205 @@
+"""What a decode replica does with the prefill pool's answers, errors and silence. Its engine is a stand-in."""
+
+import asyncio
+from types import SimpleNamespace
+
+import pytest
+from ray.llm._internal.serve.engines.vllm.kv_transfer.base import DefaultConnectorBackend
+from ray.serve.llm.deployment import LLMServer
+from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest
+
+from swiftkv.serving.config import HopSettings
+from swiftkv.serving.decode import DecodeServer
+from swiftkv.serving.hop import HopCosts, SeenPrefixes
+from swiftkv.serving.prompts import read_prompt
+from swiftkv.serving.workload import DecodeWorkload
+
+KV = {"remote_engine_id": "e", "remote_block_ids": [1]}
+
+
+class PrefillPool:
+    """A handle whose calls do what `behaviour` says."""
+
+    def __init__(self, behaviour) -> None:
+        self.behaviour, self.asked, self.cancelled, self.beginnings = behaviour, [], 0, []
+
+    def options(self, session_id):
+        self.beginnings.append(session_id)
+        return self
+
+    @property
+    def completions(self):
+        return SimpleNamespace(remote=self.remote)
+
+    def remote(self, request, _raw):
+        self.asked.append(request)
+        pool, answers = self, self.behaviour()
+
+        class Answers:
+            def __aiter__(self):
+                return answers
+
+            def cancel(self):
+                pool.cancelled += 1
+
+        return Answers()
+
+
+async def answer_with_kv():
+    yield SimpleNamespace(kv_transfer_params=KV, usage=SimpleNamespace(prompt_tokens=400))
+
+
+async def answer_with_error():
+    yield SimpleNamespace(error="too long")
+
+
+async def fail():
+    raise ConnectionError("replica died")
+    yield
+
+
+async def be_silent():
+    await asyncio.sleep(3600)
+    yield
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """The requests that the engine was given."""
+    requests = []
+
+    async def completions(_self, request, _raw):
+        requests.append(request)
+
+        async def chunks():
+            yield "one"
+            yield "two"
+
+        return chunks()
+
+    monkeypatch.setattr(LLMServer, "completions", completions)
+    return requests
+
+
+def build_server(behaviour, **hop):
+    server = DecodeServer.__new__(DecodeServer)
+    server._costs = HopCosts(HopSettings(**{"min_tokens": 0, "timeout_s": 0.05, "retry_s": 60.0, **hop}))
+    server._bytes_per_token, server._seen = 4.0, SeenPrefixes(1 << 16)
+    server._avoided_until, server._workload = 0.0, DecodeWorkload(10_000)
+    server._prefill_handle = PrefillPool(behaviour)
+    server._connector_backend_cache = DefaultConnectorBackend(None)
+    return server
+
+
+def build_request(**changes):
+    return CompletionRequest(**{"model": "m", "prompt": "x" * 1600, "max_tokens": 5, "stream": True, **changes})
+
+
+async def run(server, request):
+    return [chunk async for chunk in server._pd_handle_request(request)]
+
+
+def test_kv_of_the_prefill_pool_reaches_the_engine(decoded):
+    server = build_server(answer_with_kv)
+    assert asyncio.run(run(server, build_request())) == ["one", "two"]
+    assert decoded[0].kv_transfer_params == KV and decoded[0].max_tokens == 5
+    (asked,) = server._prefill_handle.asked
+    assert asked.max_tokens == 1 and not asked.stream
+    assert server._costs.remote.is_measured and server._costs.transfer.is_measured
+
+
+@pytest.mark.parametrize("behaviour", [fail, be_silent])
+def test_a_broken_pool_is_not_asked_again_for_a_while_and_nobody_goes_without(decoded, behaviour):
+    server = build_server(behaviour)
+    for _ in range(3):
+        assert asyncio.run(run(server, build_request())) == ["one", "two"]
+    assert len(server._prefill_handle.asked) == 1 and server._prefill_handle.cancelled == 1
+    assert [request.kv_transfer_params for request in decoded] == [None] * 3
+
+
+def test_a_pool_that_recovered_is_asked_again(decoded):
+    server = build_server(fail, retry_s=0.01)
+    asyncio.run(run(server, build_request()))
+    server._prefill_handle.behaviour = answer_with_kv
+    asyncio.run(asyncio.sleep(0.02))
+    asyncio.run(run(server, build_request()))
+    assert decoded[1].kv_transfer_params == KV
+
+
+def test_a_request_that_the_pool_refuses_is_judged_by_the_engine_here(decoded):
+    server = build_server(answer_with_error)
+    assert asyncio.run(run(server, build_request())) == ["one", "two"]
+    assert asyncio.run(run(server, build_request())) == ["one", "two"]
+    assert len(server._prefill_handle.asked) == 2  # the request was at fault, not the pool
+
+
+def test_prompts_that_begin_alike_go_to_one_replica(decoded):
+    server = build_server(answer_with_kv)
+    for end in ("a", "b"):
+        asyncio.run(run(server, build_request(prompt="x" * 1100 + end * 300)))
+    asyncio.run(run(server, build_request(prompt="y" * 1100)))
+    asyncio.run(run(server, build_request(prompt="z" * 900)))
+    first, second, other = server._prefill_handle.beginnings
+    assert first == second != other
+
+
+def test_short_prompts_stay_here(decoded):
+    server = build_server(answer_with_kv, min_tokens=401)
+    asyncio.run(run(server, build_request()))
+    assert not server._prefill_handle.asked
+
+
+def test_a_prompt_that_was_answered_here_before_needs_no_hop(decoded):
+    server = build_server(answer_with_kv, min_tokens=100)
+    for _ in range(2):
+        asyncio.run(run(server, build_request()))
+    assert len(server._prefill_handle.asked) == 1
+
+
+@pytest.mark.parametrize("changes", [{"n": 2}, {"prompt": ["x" * 900, "y" * 900]}, {"prompt": [[1] * 500, [2] * 500]}])
+def test_several_sequences_are_prefilled_here(decoded, changes):
+    server = build_server(answer_with_kv)
+    asyncio.run(run(server, build_request(**changes)))
+    assert not server._prefill_handle.asked
+
+
+def test_a_client_that_leaves_during_the_hop_cancels_it(decoded):
+    server = build_server(be_silent, timeout_s=60.0)
+
+    async def leave():
+        task = asyncio.create_task(run(server, build_request()))
+        await asyncio.sleep(0.05)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(leave())
+    assert server._prefill_handle.cancelled == 1 and not decoded
+    assert (server._workload.num_running, server._workload.waiting_tokens) == (0, 0)
+
+
+def test_counts_return_to_zero_when_a_stream_is_left(decoded):
+    server = build_server(answer_with_kv, min_tokens=10_000)
+
+    async def leave():
+        chunks = server._pd_handle_request(build_request())
+        await anext(chunks)
+        assert (server._workload.num_running, server._workload.waiting_tokens) == (1, 0)
+        await chunks.aclose()
+
+    asyncio.run(leave())
+    assert (server._workload.num_running, server._workload.waiting_tokens) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    "request_, expected",
+    [
+        (CompletionRequest(model="m", prompt="abc"), ("abc", 0.0)),
+        (CompletionRequest(model="m", prompt=[1, 2, 3]), ("1,2,3", 3.0)),
+        (CompletionRequest(model="m", prompt=[[1, 2], [3]]), ("1,2\n3", 3.0)),
+        (CompletionRequest(model="m", prompt=["ab", "c"]), ("ab\nc", 0.0)),
+        (ChatCompletionRequest(model="m", messages=[{"role": "user", "content": "hi"}]), ("hi", 0.0)),
+    ],
+)
+def test_prompts_of_every_form_are_read(request_, expected):
+    assert read_prompt(request_) == expected
