@@ -20,7 +20,7 @@ import pytest
 import yaml
 
 from swiftkv import errors
-from swiftkv.config import load_yaml, parse_settings
+from swiftkv.config import load_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "platform"
@@ -207,6 +207,8 @@ LIGHT_MODULES = [
     "swiftkv.families",
     "swiftkv.distill.recipe",
     "swiftkv.serving.config",
+    "swiftkv.serving.gateway.settings",
+    "swiftkv.serving.policy.decision",
     "swiftkv.registry",
     *(f"swiftkv.registry.{path.stem}" for path in sorted((PACKAGE / "registry").glob("[!_]*.py"))),
 ]
@@ -292,13 +294,10 @@ def test_recipe_parses(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", _yaml_files("deployments/serve"), ids=lambda path: path.name)
-def test_serve_application_parses_and_its_builder_exists(path: Path) -> None:
-    from swiftkv.serving.config import PoolSettings
-
+def test_serve_application_s_builder_exists(path: Path) -> None:
     applications = yaml.safe_load(path.read_text())["applications"]
     assert applications, "a Serve config without applications serves nothing"
     for application in applications:
-        parse_settings(application.get("args") or {}, PoolSettings, f"{path.name}: args")
         _assert_defined(application["import_path"])
 
 

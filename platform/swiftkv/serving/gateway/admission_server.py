@@ -1,0 +1,69 @@
+"""The one admission of all gateways, as a Serve deployment of exactly one replica.
+
+Holds no rule of its own (admission.py does) and imports no engine, so that it starts again within a second or two.
+What it knew is not stored: counters of the running minute begin anew, and places are told to it again by the
+gateways' heartbeats.
+Called by: gateway/app.py, which deploys it; gateways, through its handle.
+"""
+
+from typing import Any
+
+from swiftkv.serving.gateway.admission import Admission
+from swiftkv.serving.gateway.settings import GatewaySettings
+from swiftkv.serving.gateway.tickets import Decision, Report, Ticket
+
+
+class AdmissionServer:
+    """What `serve.deployment` makes the deployment `admission` of."""
+
+    def __init__(self) -> None:
+        self._admission: Admission | None = None
+
+    def reconfigure(self, settings: dict[str, Any]) -> None:
+        """Serve's hook, called with the first settings and with every later change of them."""
+        parsed = GatewaySettings.model_validate(settings)
+        if self._admission is None:
+            self._admission = Admission(parsed)
+        else:
+            self._admission.configure(parsed)
+
+    async def acquire(self, ticket: Ticket) -> Decision:
+        """See `Admission.acquire`."""
+        assert self._admission is not None
+        return await self._admission.acquire(ticket)
+
+    async def report(self, report: Report) -> None:
+        """See `Admission.report`."""
+        assert self._admission is not None
+        await self._admission.report(report)
+
+    async def describe(self) -> dict[str, dict[str, float | None]]:
+        """See `Admission.describe`."""
+        assert self._admission is not None
+        return self._admission.describe()
+
+
+class HandleAdmission:
+    """The shared admission as a gateway sees it: Serve's handle, with a call that can be cancelled."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+
+    async def acquire(self, ticket: Ticket) -> Decision:
+        """Raises: RayError or RayServeException if admission cannot be reached."""
+        return await _await_response(self._handle.acquire.remote(ticket))
+
+    async def report(self, report: Report) -> None:
+        """Raises: as `acquire`."""
+        await _await_response(self._handle.report.remote(report))
+
+
+async def _await_response(response: Any) -> Any:
+    is_over = False
+    try:
+        result = await response
+        is_over = True
+        return result
+    finally:
+        if not is_over:
+            response.cancel()  # Serve does not do so when only the waiting for it is cancelled

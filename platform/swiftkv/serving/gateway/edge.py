@@ -1,0 +1,90 @@
+"""The outermost layer: every request gets an id, an answer in OpenAI's format, a log line, and is counted.
+
+Plain ASGI, so that chunks pass untouched. Decides nothing about a request.
+Called by: Starlette, for every request of the gateway. Calls: gateway/exchange.py, serving/ingress.py.
+"""
+
+import asyncio
+import logging
+from typing import Any
+
+from starlette.datastructures import Headers
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from swiftkv.serving.gateway.exchange import CLIENT_LEFT, Exchange, choose_request_id
+from swiftkv.serving.gateway.refusals import Refusal, refuse
+from swiftkv.serving.ingress import describe_error
+
+UNLOGGED = {"/health", "/ready"}
+
+logger = logging.getLogger(__name__)
+
+
+class Edge:
+    """ASGI middleware around the whole application."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request, or the lifespan, which passes through."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = choose_request_id(Headers(scope=scope).get("x-request-id"))
+        exchange = Exchange(request_id, route=f"{scope['method']} {scope['path'][:100]}")
+        scope.setdefault("state", {})["exchange"] = exchange
+        has_started = False
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal has_started
+            if message["type"] == "http.response.start":
+                has_started = True
+                exchange.status = message["status"]
+                added = {"x-request-id": request_id, **exchange.headers}
+                message["headers"] = [
+                    *message.get("headers", ()),
+                    *((k.encode(), v.encode()) for k, v in added.items()),
+                ]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        except asyncio.CancelledError:
+            exchange.status, exchange.reason = CLIENT_LEFT, "client_left"
+            raise
+        except Exception as error:
+            logger.exception("request %s failed", request_id)
+            exchange.reason = type(error).__name__
+            if not has_started:
+                await build_answer(exchange, describe(error))(scope, receive, send_with_id)
+        finally:
+            if scope["path"] not in UNLOGGED:
+                exchange.end()
+
+
+async def answer_refusal(request: Request, error: Exception) -> Response:
+    """What FastAPI calls for errors that are answers."""
+    return build_answer(request.state.exchange, describe(error))
+
+
+def build_answer(exchange: Exchange, refusal: Refusal) -> Response:
+    """The refusal as a response, its reason noted."""
+    exchange.reason = refusal.code or exchange.reason or refusal.kind
+    return Response(refusal.body(), status_code=refusal.status, headers=refusal.headers, media_type="application/json")
+
+
+def describe(error: Exception) -> Refusal:
+    """Any error as the answer it becomes; what the client did not cause is 500 and unexplained."""
+    if isinstance(error, Refusal):
+        return error
+    status, message, param = describe_error(error)
+    refusal = refuse(status, message, param=param)
+    refusal.headers.update(_headers_of(error))
+    return refusal
+
+
+def _headers_of(error: Any) -> dict[str, str]:
+    return dict(getattr(error, "headers", None) or {})  # of a 405: which methods there are
