@@ -293,6 +293,7 @@ async def measure_victim(serving, flood_per_s, duration_s):
     return sorted(found), statuses
 
 
+@pytest.mark.soak  # a ratio of times, which other programs move; test_fair_queue.py has it in virtual time
 def test_flood_of_twenty_times_the_share_raises_anothers_ttft_by_less_than_a_quarter(serving):
     share_per_s = 2.5  # 200 tokens each, of 1,000 tokens/s: half
     kept, _ = asyncio.run(measure_victim(serving, share_per_s, 40))

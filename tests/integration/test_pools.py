@@ -1,4 +1,4 @@
-"""A prefill pool and a decode pool on a real cluster, with real engines and NIXL between them.
+"""A prefill pool and a decode pool behind the gateway on a real cluster, with real engines and NIXL between them.
 
 One cluster serves every test, deployed with the function of `swiftkv serve CONFIG`. Processes are killed by the ids
 that Serve reports.
@@ -49,26 +49,28 @@ def cluster(tmp_path_factory):
 @pytest.fixture(scope="module")
 def client(cluster, student):
     (port,) = choose_ports(1)
-    settings = {
+    pair = {
         "model": str(student),
         "prefill": {"engine": build_engine("0"), "num_cpus": 0.5},
-        "decode": {"engine": build_engine("1"), "num_cpus": 0.5},
+        "decode": {"engine": build_engine("1"), "num_cpus": 0.5, "min_replicas": 2, "max_replicas": 2},
         # Long, so that only a pool that says nothing at all is given up on a loaded machine.
         "hop": {"min_tokens": HOP_TOKENS, "timeout_s": 60, "retry_s": 1},
     }
-    config = {
-        "proxy_location": "HeadOnly",
-        "http_options": {"host": "127.0.0.1", "port": port},
-        "applications": [
-            {
-                "name": "pair",
-                "route_prefix": "/",
-                "import_path": "swiftkv.serving.app:build_pair_app",
-                "args": settings,
-            }
-        ],
+    gateway = {
+        "models": {"tiny": {"routes": [{"application": "pair"}], "capacity": {"max_in_flight_sequences": 16}}},
+        "limits": {"ttft_target_s": None},
     }
-    return openai.OpenAI(base_url=deploy_config(cluster, config), api_key="none", max_retries=0, timeout=120)
+    applications = [
+        build_application("pair", None, "swiftkv.serving.app:build_pair_version", pair),
+        build_application("gateway", "/", "swiftkv.serving.gateway.app:build_gateway_app", gateway),
+    ]
+    config = {"proxy_location": "HeadOnly", "http_options": {"host": "127.0.0.1", "port": port}}
+    base_url = deploy_config(cluster, config | {"applications": applications})
+    return openai.OpenAI(base_url=base_url, api_key="none", max_retries=0, timeout=120)
+
+
+def build_application(name, route_prefix, import_path, args):
+    return {"name": name, "route_prefix": route_prefix, "import_path": import_path, "args": args}
 
 
 def build_engine(core):
@@ -108,15 +110,18 @@ def wait_for(condition, timeout_s=60):
     return value
 
 
-def find_replica(cluster, prefix):
-    """The process of the one running replica of a deployment, or None."""
+def find_replicas(cluster, prefix):
+    """The processes of a deployment's running replicas."""
     from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 
     details = ServeSubmissionClient(cluster.dashboard_url, headers=cluster.headers()).get_serve_details()
     deployments = details["applications"]["pair"]["deployments"]
     (deployment,) = [value for name, value in deployments.items() if name.startswith(prefix)]
-    running = [replica["pid"] for replica in deployment["replicas"] if replica["state"] == "RUNNING"]
-    return running[0] if len(running) == 1 and psutil.pid_exists(running[0]) else None
+    return [
+        replica["pid"]
+        for replica in deployment["replicas"]
+        if replica["state"] == "RUNNING" and psutil.pid_exists(replica["pid"])
+    ]
 
 
 def kill_replica(pid):
@@ -157,13 +162,13 @@ def test_prompts_went_where_they_should(cluster, client):
 def test_a_killed_prefill_replica_takes_no_answer_away_and_is_used_again_when_it_is_back(cluster, client, weights):
     prompts = [build_prompt(100 + seed, 60 + 40 * seed) for seed in range(16)]
     before = read_counter(cluster, "swiftkv_hop_prompts_total", way="remote")
-    pid = wait_for(lambda: find_replica(cluster, "Prefill:"))
+    (pid,) = find_replicas(cluster, "Prefill:")
     with concurrent.futures.ThreadPoolExecutor(4) as threads:
         answers = [threads.submit(complete, client, prompt) for prompt in prompts]
         answers[1].result()
         kill_replica(pid)
         assert [answer.result() for answer in answers] == [generate_greedy(*weights, p, 8) for p in prompts]
-    wait_for(lambda: find_replica(cluster, "Prefill:") not in (None, pid), timeout_s=240)
+    wait_for(lambda: find_replicas(cluster, "Prefill:") not in ([], [pid]), timeout_s=240)
 
     def is_used_again():
         complete(client, build_prompt(time.time_ns(), 300))
@@ -179,3 +184,29 @@ def test_a_client_that_leaves_frees_the_engine(cluster, client):
     next(iter(stream))
     stream.close()
     wait_for(lambda: read_counter(cluster, "vllm_num_requests_running") == 0, timeout_s=30)
+
+
+def test_a_decode_replica_killed_before_its_answer_takes_none_away(cluster, client, weights):
+    prompts = [build_prompt(200 + seed, 700) for seed in range(8)]
+    pids = find_replicas(cluster, "Decode:")
+    assert len(pids) == 2
+    with concurrent.futures.ThreadPoolExecutor(8) as threads:
+        answers = [threads.submit(complete, client, prompt) for prompt in prompts]
+        time.sleep(0.5)
+        kill_replica(pids[0])
+        assert [answer.result() for answer in answers] == [generate_greedy(*weights, p, 8) for p in prompts]
+    wait_for(lambda: len(set(find_replicas(cluster, "Decode:")) - {pids[0]}) == 2, timeout_s=240)
+
+
+@pytest.mark.soak
+def test_a_stream_whose_replica_is_killed_ends_with_an_error(cluster, client):
+    stream = client.completions.create(
+        model="tiny", prompt=build_prompt(8, 300), max_tokens=1900, stream=True, extra_body={"ignore_eos": True}
+    )
+    with pytest.raises(openai.APIError, match="broke off|replica"):
+        for index, _ in enumerate(stream):
+            if index == 3:
+                for pid in find_replicas(cluster, "Decode:"):
+                    kill_replica(pid)
+    wait_for(lambda: len(find_replicas(cluster, "Decode:")) == 2, timeout_s=240)
+    assert complete(client, build_prompt(9, 50))
