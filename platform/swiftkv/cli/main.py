@@ -12,6 +12,7 @@ from swiftkv.cli.cluster import down
 from swiftkv.cli.delta import delta_app, export_snowflake
 from swiftkv.cli.distill import distill
 from swiftkv.cli.evaluate import evaluate
+from swiftkv.cli.key import key
 from swiftkv.cli.models import models_app
 from swiftkv.cli.profiling import profile
 from swiftkv.cli.publish import promote, publish, rollback
@@ -25,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for command in (profile, distill, evaluate, publish, promote, rollback, serve, down, export_snowflake):
+for command in (profile, distill, evaluate, publish, promote, rollback, serve, key, down, export_snowflake):
     app.command()(command)
 app.add_typer(delta_app, name="delta")
 app.add_typer(models_app, name="models")

@@ -1,7 +1,7 @@
 """Makes API keys, and the hashes of them that the tenants' file holds.
 
-Stores nothing: a key is shown once, to whoever runs `python -m swiftkv.serving.gateway.keys`.
-Called by: gateway/tenants.py, cli.
+Stores nothing: a key is shown once, to whoever runs `swiftkv key`.
+Called by: gateway/tenants.py, cli/key.py.
 """
 
 import hashlib
@@ -20,13 +20,3 @@ def create_key() -> tuple[str, str]:
 def hash_key(key: str) -> str:
     """SHA-256 of a key in hexadecimal. A key is random, so that no slower hash would protect it better."""
     return hashlib.sha256(key.encode("utf-8", errors="surrogateescape")).hexdigest()
-
-
-def main() -> None:
-    """Print a new key once, with the line for the tenants' file."""
-    key, digest = create_key()
-    print(f"key, shown only now: {key}\nfor the tenants' file: key_sha256: [{digest}]")
-
-
-if __name__ == "__main__":
-    main()

@@ -33,8 +33,8 @@ class Tenant(StrictModel):
     """In logs and as the label of metrics."""
 
     key_sha256: list[Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]] = Field(default=[])
-    """SHA-256 of each of its keys, hexadecimal (`python -m swiftkv.serving.gateway.keys` makes one). Several, so that
-    a key can be replaced without a gap."""
+    """SHA-256 of each of its keys, hexadecimal (`swiftkv key` makes one). Several, so that a key can be replaced
+    without a gap."""
 
     models: list[str] | None = None
     """Models it may use. None: all."""

@@ -5,9 +5,10 @@ import os
 import pytest
 import yaml
 
+from swiftkv.cli.key import key as show_new_key
 from swiftkv.errors import ConfigError
 from swiftkv.serving.gateway import tenants as tenants_module
-from swiftkv.serving.gateway.keys import create_key, hash_key, main
+from swiftkv.serving.gateway.keys import create_key, hash_key
 from swiftkv.serving.gateway.refusals import Refusal
 from swiftkv.serving.gateway.tenants import ANONYMOUS, TenantDirectory
 
@@ -58,7 +59,7 @@ def test_key_has_256_random_bits_and_is_not_in_its_hash(capsys):
     keys = {create_key()[0] for _ in range(100)}
     assert len(keys) == 100
     assert all(key.startswith("swk_") and len(key) == 4 + 43 for key in keys)
-    main()
+    show_new_key()
     shown = capsys.readouterr().out
     key = next(word for word in shown.split() if word.startswith("swk_"))
     assert hash_key(key) in shown
