@@ -37,7 +37,8 @@ def test_every_figure_is_there_and_shapes_count_as_real_tensors_do() -> None:
         assert figures[f"flop_{key}_8b"] == pytest.approx(figures[f"flop_{key}"], rel=0.02)
     # The reference's first half runs twice, ours once; the later halves and the backward pass are the same.
     assert 1.1 < figures["flop_speedup"] < 1.3
-    assert 1.8 < figures["flop_speedup_answers_only"] < 2.3
+    # And of the teacher's last layer only what the answers need.
+    assert 2.0 < figures["flop_speedup_answers_only"] < 2.5
     memory = results[2].ratio.median
     assert 0.05 < memory < 0.6
 
