@@ -20,7 +20,7 @@ from swiftkv.config import parse_settings
 from swiftkv.engine.compiler import EAGER_REASON
 from swiftkv.errors import ClusterError, ConfigError
 from swiftkv.serving.config import ServeSettings
-from swiftkv.serving.deploy import Progress, deploy, deploy_config, undeploy
+from swiftkv.serving.deploy import Progress, check_applications, deploy, deploy_config, undeploy
 from swiftkv.serving.source import resolve_model
 
 _POLL_S = 1.0
@@ -112,7 +112,7 @@ def _take_down(cluster: Cluster, existing: Cluster | None, console: Console) -> 
 def read_serve_config(path: Path) -> dict[str, Any]:
     """A Serve config file's content.
 
-    Raises: ConfigError if it is no such file.
+    Raises: ConfigError if it is no such file, or one of our applications has a wrong setting.
     """
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -122,6 +122,7 @@ def read_serve_config(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: not YAML: {error}") from error
     if not isinstance(config, dict) or not config.get("applications"):
         raise ConfigError(f"{path}: no Serve config; it needs `applications` (see deployments/serve).")
+    check_applications(config["applications"], str(path))  # a wrong setting must not wait for a cluster
     return config
 
 

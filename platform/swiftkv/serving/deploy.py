@@ -15,12 +15,23 @@ from pathlib import Path
 from typing import Any
 
 from swiftkv.cluster import Cluster, is_port_free
+from swiftkv.config import StrictModel, parse_settings
 from swiftkv.errors import ClusterError, ConfigError, EngineError
-from swiftkv.serving.config import ServeSettings
+from swiftkv.serving.config import PairSettings, PoolSettings, ServeSettings
+from swiftkv.serving.gateway.settings import GatewaySettings
 from swiftkv.serving.source import resolve_model
 
 APPLICATION = "pool"
 IMPORT_PATH = "swiftkv.serving.app:build_app"
+
+SETTINGS: dict[str, type[StrictModel]] = {
+    IMPORT_PATH: PoolSettings,
+    "swiftkv.serving.app:build_pool_version": PoolSettings,
+    "swiftkv.serving.app:build_pair_app": PairSettings,
+    "swiftkv.serving.app:build_pair_version": PairSettings,
+    "swiftkv.serving.gateway.app:build_gateway_app": GatewaySettings,
+}
+"""What the `args` of our applications are, by import path."""
 
 # A first start compiles the model; on two slow cores that has taken two minutes.
 START_TIMEOUT_S = 600.0
@@ -52,6 +63,26 @@ def deploy(cluster: Cluster, settings: ServeSettings, on_progress: Progress = la
     on_progress("answering a first request")
     _send_first_request(settings)
     return settings
+
+
+def check_applications(applications: list[Any], source: str) -> None:
+    """Looks at the settings of those applications in a Serve config that are ours.
+
+    Raises: ConfigError naming `source`, the application and the wrong setting.
+    """
+    named = {entry.get("name") for entry in applications if isinstance(entry, dict)}
+    for entry in applications:
+        if not isinstance(entry, dict) or not entry.get("name"):
+            raise ConfigError(f"{source}: every application needs a name.")
+        settings_class = SETTINGS.get(entry.get("import_path", ""))
+        if settings_class is None:
+            continue
+        place = f"{source}: application {entry['name']}"
+        settings = parse_settings(entry.get("args") or {}, settings_class, place)
+        if isinstance(settings, GatewaySettings):
+            routed = {route.application for model in settings.models.values() for route in model.routes}
+            if missing := routed - named:
+                raise ConfigError(f"{place}: routes name {', '.join(sorted(missing))}, which this file does not have.")
 
 
 def deploy_config(cluster: Cluster, config: dict[str, Any], on_progress: Progress = lambda _: None) -> str:

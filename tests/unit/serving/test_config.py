@@ -9,15 +9,9 @@ from ray.serve.schema import ServeDeploySchema
 from swiftkv.config import parse_settings
 from swiftkv.errors import ConfigError
 from swiftkv.serving.config import PairSettings, PoolSettings, ServeSettings
-from swiftkv.serving.deploy import build_serve_config
-from swiftkv.serving.gateway.settings import GatewaySettings
+from swiftkv.serving.deploy import build_serve_config, check_applications
 
 CONFIG_FILES = sorted((Path(__file__).parents[3] / "deployments" / "serve").glob("*.yaml"))
-SETTINGS = {
-    "swiftkv.serving.app:build_app": PoolSettings,
-    "swiftkv.serving.app:build_pair_version": PairSettings,
-    "swiftkv.serving.gateway.app:build_gateway_app": GatewaySettings,
-}
 
 
 @pytest.mark.parametrize(
@@ -50,12 +44,26 @@ def test_config_file_is_what_serve_and_the_builder_accept(path):
     config = yaml.safe_load(path.read_text())
     ServeDeploySchema.model_validate(config)
     assert config["http_options"]["host"] == "127.0.0.1"
-    names = [application["name"] for application in config["applications"]]
-    for application in config["applications"]:
-        settings = parse_settings(application["args"], SETTINGS[application["import_path"]], path.name)
-        if isinstance(settings, GatewaySettings):
-            routes = [route.application for model in settings.models.values() for route in model.routes]
-            assert set(routes) <= set(names)
+    check_applications(config["applications"], path.name)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            lambda entry: entry["args"]["decode"].update(num_cpu=1),
+            "application quickstart:\n.*decode.num_cpu: unknown key",
+        ),
+        (lambda entry: entry.update(name="other"), "routes name quickstart, which this file does not have"),
+        (lambda entry: entry.pop("name"), "needs a name"),
+    ],
+)
+def test_wrong_config_file_is_refused_by_application_and_setting(change, said):
+    path = next(path for path in CONFIG_FILES if path.name == "pools-laptop.yaml")
+    applications = yaml.safe_load(path.read_text())["applications"]
+    change(applications[0])
+    with pytest.raises(ConfigError, match=said):
+        check_applications(applications, path.name)
 
 
 @pytest.mark.parametrize(
