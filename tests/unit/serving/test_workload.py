@@ -1,0 +1,94 @@
+"""What replicas say they have in hand, against requests whose times are given."""
+
+import pytest
+
+from swiftkv.serving import workload as module
+from swiftkv.serving.workload import DecodeWorkload, PrefillWorkload, Served
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(module, "time", clock)
+    return clock
+
+
+def test_a_prompt_waits_here_until_its_first_token_unless_another_pool_prefills_it(clock):
+    workload = DecodeWorkload(10_000)
+    here, there = Served(300, 200, is_remote=False), Served(500, 500, is_remote=True)
+    workload.begin(here)
+    workload.begin(there)
+    assert (workload.waiting_tokens, workload.num_running) == (200, 0)
+    workload.take_chunk(here)
+    assert (workload.waiting_tokens, workload.num_running) == (0, 1)
+    workload.end(here)
+    workload.end(there)
+    assert workload.report()["requests_running"] == 0
+
+
+def test_steps_are_counted_once_for_all_running_sequences(clock):
+    workload = DecodeWorkload(10_000)
+    sequences = [Served(100, 0, is_remote=True) for _ in range(3)]
+    for served in sequences:
+        workload.begin(served)
+        workload.take_chunk(served)
+    for _ in range(10):
+        clock.now += 0.05
+        for served in sequences:
+            workload.take_chunk(served)
+    report = workload.report()
+    assert report["steps"] == pytest.approx(10, abs=1)
+    assert report["steps_s"] / report["steps"] == pytest.approx(0.05, rel=0.1)
+    assert report["step_sequences"] / report["steps"] == 3
+    assert report["step_context_tokens"] / report["steps"] == pytest.approx(3 * 106, rel=0.05)
+    assert report["kv_usage_frac"] == pytest.approx(3 * 111 / 10_000)
+
+
+def test_only_prompts_that_hop_are_demand_for_prefill(clock):
+    workload = DecodeWorkload(10_000)
+    for served in (Served(300, 200, is_remote=False), Served(700, 700, is_remote=True)):
+        workload.begin(served)
+        workload.take_chunk(served, 20)
+        workload.end(served)
+    report = workload.report()
+    uncached = sum(value for name, value in report.items() if name.startswith("uncached_tokens_le_"))
+    finished = sum(value for name, value in report.items() if name.startswith("finished_le_"))
+    completion = sum(value for name, value in report.items() if name.startswith("completion_tokens_le_"))
+    assert (uncached, finished, completion) == (700, 2, 40)
+
+
+def test_a_prefill_replica_computes_while_it_has_prompts_and_not_between(clock):
+    workload = PrefillWorkload(lease_s=30)
+    workload.begin(400)
+    workload.begin(100)
+    assert workload.report()["queued_prompt_tokens"] == 500
+    clock.now += 2
+    workload.end(400, is_done=True)
+    clock.now += 1
+    workload.end(100, is_done=True)
+    clock.now += 5
+    workload.begin(50)
+    clock.now += 1
+    workload.end(50, is_done=False)
+    report = workload.report()
+    assert (report["computing_s"], report["computed_prompt_tokens"]) == (pytest.approx(4), 500)
+
+
+def test_kv_is_kept_for_its_lease(clock):
+    workload = PrefillWorkload(lease_s=30)
+    assert workload.last_lease_s == 0
+    workload.begin(400)
+    workload.end(400, is_done=True)
+    clock.now += 10
+    assert workload.last_lease_s == pytest.approx(20)
+    assert workload.report()["pending_kv_tokens"] == 400
+    clock.now += 21
+    assert (workload.report()["pending_kv_tokens"], workload.last_lease_s) == (0, 0)
