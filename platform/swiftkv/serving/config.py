@@ -87,6 +87,10 @@ class HopSettings(StrictModel):
     retry_s: float = Field(default=5.0, gt=0)
     """Seconds for which a prefill pool that failed is not asked again."""
 
+    remeasure_s: float = Field(default=60.0, gt=0)
+    """Seconds after which a pool that seemed too slow to ask is asked again, with one prompt of at least
+    `min_tokens_unmeasured` tokens."""
+
     remembered_characters: int = Field(default=1 << 20, ge=0)
     """Of texts whose KV this replica may still have, so that they need no hop. About four a token of its cache."""
 

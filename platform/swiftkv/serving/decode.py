@@ -53,6 +53,7 @@ class DecodeServer(PDDecodeServer):
         self._bytes_per_token = BYTES_PER_TOKEN
         self._seen = SeenPrefixes(hop.remembered_characters)
         self._avoided_until = 0.0
+        self._asked_at = 0.0
         self._workload = DecodeWorkload(kv_capacity_tokens)
         os.environ.update(choose_side_channel(ray.util.get_node_ip_address()))  # see PrefillServer
         await super().__init__(llm_config, prefill_server=prefill_server, **others)
@@ -99,8 +100,9 @@ class DecodeServer(PDDecodeServer):
         record("swiftkv_hop_break_even_tokens", min(break_even, 1e9))
         if now < self._avoided_until or count_sequences(request) != 1:  # one answer hands over one sequence's KV
             return 0.0, request
-        if not costs.choose_remote(prompt.uncached, self._workload.num_running, self._workload.waiting_tokens):
+        if not self._chooses_remote(prompt, now):
             return 0.0, request
+        self._asked_at = now
         backend = self._get_connector_backend()
         asked = backend.prepare_prefill_request(request=request, peer=None)
         handle = self._prefill_handle
@@ -126,6 +128,14 @@ class DecodeServer(PDDecodeServer):
         self._learn_tokens(prompt, answer)
         return finished, backend.prepare_decode_request(request=request, peer=None, prefill_response=answer)
 
+    def _chooses_remote(self, prompt: Prompt, now: float) -> bool:
+        if self._costs.choose_remote(prompt.uncached, self._workload.num_running, self._workload.waiting_tokens):
+            return True
+        # A pool that was slow once would never be seen to have become fast again.
+        settings = self._costs.settings
+        is_old = now - self._asked_at > settings.remeasure_s
+        return settings.min_tokens is None and is_old and prompt.uncached >= settings.min_tokens_unmeasured
+
     def _avoid_prefill_pool(self, reason: str) -> None:
         self._avoided_until = time.monotonic() + self._costs.settings.retry_s
         count("swiftkv_hop_failures_total", 1)
@@ -140,9 +150,8 @@ class DecodeServer(PDDecodeServer):
         now = time.monotonic()
         if handed_over:
             self._costs.transfer.add(prompt.uncached, now - handed_over)
-        elif (
-            self._workload.num_running == 1 and not self._workload.waiting_tokens
-        ):  # alone: neither a queue nor others' tokens in it
+        elif self._workload.num_running == 1 and not self._workload.waiting_tokens:
+            # Alone: neither a queue nor others' tokens are in it.
             self._costs.local.add(prompt.uncached, now - started)
 
 

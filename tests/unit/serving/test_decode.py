@@ -1,6 +1,7 @@
 """What a decode replica does with the prefill pool's answers, errors and silence. Its engine is a stand-in."""
 
 import asyncio
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -85,7 +86,7 @@ def build_server(behaviour, **hop):
     server = DecodeServer.__new__(DecodeServer)
     server._costs = HopCosts(HopSettings(**{"min_tokens": 0, "timeout_s": 0.05, "retry_s": 60.0, **hop}))
     server._bytes_per_token, server._seen = 4.0, SeenPrefixes(1 << 16)
-    server._avoided_until, server._workload = 0.0, DecodeWorkload(10_000)
+    server._avoided_until, server._asked_at, server._workload = 0.0, 0.0, DecodeWorkload(10_000)
     server._prefill_handle = PrefillPool(behaviour)
     server._connector_backend_cache = DefaultConnectorBackend(None)
     return server
@@ -131,6 +132,19 @@ def test_a_request_that_the_pool_refuses_is_judged_by_the_engine_here(decoded):
     assert asyncio.run(run(server, build_request())) == ["one", "two"]
     assert asyncio.run(run(server, build_request())) == ["one", "two"]
     assert len(server._prefill_handle.asked) == 2  # the request was at fault, not the pool
+
+
+def test_a_pool_that_was_slow_is_asked_again_once_in_a_while(decoded):
+    server = build_server(answer_with_kv, min_tokens=None, remeasure_s=60)
+    for line, seconds in ((server._costs.remote, 5.0), (server._costs.transfer, 0.1), (server._costs.local, 0.1)):
+        line.add(400, seconds)
+    server._asked_at = time.monotonic()
+    asyncio.run(run(server, build_request(prompt="a" * 1600)))
+    assert not server._prefill_handle.asked
+    server._asked_at -= 61
+    for letter in "bcd":
+        asyncio.run(run(server, build_request(prompt=letter * 1600)))
+    assert len(server._prefill_handle.asked) == 1
 
 
 def test_prompts_that_begin_alike_go_to_one_replica(decoded):
