@@ -2,7 +2,7 @@
 
     python examples/quality/run.py --data FOLDER
 
-takes two to three hours on two CPU cores. FOLDER holds the task data (see corpus.py); what is done already in the
+takes three to four hours on two CPU cores. FOLDER holds the task data (see corpus.py); what is done already in the
 output folder is not done again, so a run that was stopped goes on. Everything after the teacher is the product's own
 journey: `swiftkv distill`, then the scores of evaluate/tasks.py.
 Calls: corpus.py, teacher.py, scores.py, table.py, the `swiftkv` command.
