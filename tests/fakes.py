@@ -1,8 +1,8 @@
-"""Tiny random checkpoints in the published format, and a byte tokenizer: what tests load instead of real models.
+"""Tiny random checkpoints in the published format: what tests load instead of real models.
 
 Writes files directly with safetensors and json, not through the package, so that a mistake in the package's
 own saving cannot hide. Trains nothing.
-Called by: tests. Calls: torch, safetensors, tokenizers.
+Called by: tests. Calls: torch, safetensors, bench/byte_tokenizer.py.
 """
 
 import json
@@ -14,18 +14,13 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from swiftkv.bench.byte_tokenizer import CHAT_TEMPLATE, SPECIAL_TOKENS, write_tokenizer
 
 Tensors = dict[str, torch.Tensor]
 
-SPECIAL_TOKENS = ("<|begin|>", "<|end|>", "<|pad|>", "<|user|>", "<|assistant|>")
 BEGIN_ID, END_ID, PAD_ID = 256, 257, 258
 """Ids below 256 are the byte itself."""
-
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}\n{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
 
 LLAMA3_ROPE_SCALING = {
     "rope_type": "llama3",
@@ -158,37 +153,6 @@ def write_student(
         "key_value_group_size": key_value_group_size,
     }
     return _write_folder(Path(folder), config, tensors, dtype, num_shards, config_changes)
-
-
-def write_tokenizer(folder: Path | str, vocab_size: int = 300, max_length: int = 2048) -> Path:
-    """A tokenizer that turns any text into its bytes (id = byte), readable by AutoTokenizer.
-
-    Ids beyond the special tokens are never encoded but decode to `[id]`, so that whatever a random model
-    generates has a text.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    first_filler = 256 + len(SPECIAL_TOKENS)
-    assert vocab_size >= first_filler, f"the byte tokenizer needs a vocabulary of {first_filler} or more"
-    vocab = {character: byte for byte, character in _byte_characters().items()}
-    vocab |= {name: 256 + index for index, name in enumerate(SPECIAL_TOKENS)}
-    vocab |= {f"[{token}]": token for token in range(first_filler, vocab_size)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in SPECIAL_TOKENS])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": "<|begin|>",
-        "eos_token": "<|end|>",
-        "pad_token": "<|pad|>",
-        "model_max_length": max_length,
-        "clean_up_tokenization_spaces": False,
-        "chat_template": CHAT_TEMPLATE,
-    }
-    _write_json(folder / "tokenizer_config.json", settings)
-    return folder
 
 
 def random_prompt_ids(rng: random.Random, length: int, vocab_size: int = 300) -> list[int]:
@@ -396,13 +360,6 @@ def _write_tensors(folder: Path, tensors: Tensors, num_shards: int) -> None:
         folder / "model.safetensors.index.json",
         {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))},
     )
-
-
-def _byte_characters() -> dict[int, str]:
-    """The printable character that stands for each byte in a byte-level BPE vocabulary."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + index) for index, byte in enumerate(others)}
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

@@ -35,9 +35,17 @@ def compute_ratio(numerators: Sequence[float], denominators: Sequence[float]) ->
     single pair has an interval of no width, which says nothing.
     Raises: ValueError if the two are of different lengths or empty.
     """
-    pairs = np.array([top / bottom for top, bottom in zip(numerators, denominators, strict=True)])
-    if not len(pairs):
+    return summarise_values([top / bottom for top, bottom in zip(numerators, denominators, strict=True)])
+
+
+def summarise_values(values: Sequence[float]) -> Ratio:
+    """The same for values that were computed from each pair in another way, such as differences.
+
+    Raises: ValueError if there is none.
+    """
+    if not values:
         raise ValueError("no pairs were measured")
+    pairs = np.array(values)
     chosen = np.random.default_rng(0).integers(0, len(pairs), (_RESAMPLES, len(pairs)))
     low, high = np.quantile(np.median(pairs[chosen], axis=1), [0.025, 0.975])
     return Ratio(float(np.median(pairs)), float(low), float(high), [float(value) for value in pairs])

@@ -10,11 +10,13 @@ import shlex
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
+from swiftkv.bench.serve.rows import ROW_NAMES as SERVE_ROW_NAMES
 from swiftkv.bench.table import ROW_NAMES, Result, build_markdown, draw
 from swiftkv.errors import ConfigError, EngineError
 
@@ -42,7 +44,7 @@ def engine(
     The first row and the check of tokens take four to seven minutes on two CPU cores, all rows about 25. Exits with
     an error if skipping changes tokens; a bound that is not kept is shown as such.
     """
-    names = _parse_rows(rows)
+    names = _parse_rows(rows, ROW_NAMES)
     _check_device(device)
     from swiftkv.bench.engine import GPU, Bench, plan_for_cpu
 
@@ -61,6 +63,27 @@ def engine(
     _publish(results, bench.figures, started, "SwiftKV in vLLM against its teacher", json_file, report)
     if not same:
         raise EngineError("the student's tokens with and without skipping differ; its speed means nothing.")
+
+
+@bench_app.command()
+def serve(
+    rows: Annotated[str, typer.Option(help=f"all, or some of {', '.join(SERVE_ROW_NAMES)}, with commas.")] = "all",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Also write numbers.json, table.md and table.png here.")] = None,
+    pairs: Annotated[int, typer.Option(help="Pairs of loads that take turns, in the two rows of overhead.", min=1)] = 7,
+) -> None:
+    """Two pools, the gateway and the policy against one engine and vLLM's own server: real engines, random weights.
+
+    Needs two CPU cores, on which nothing else runs.
+    """
+    names = _parse_rows(rows, SERVE_ROW_NAMES)
+    from swiftkv.bench.serve.run import Plan, ServeBench
+
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="swiftkv-bench-") as folder:
+        bench = ServeBench(Plan(pairs=pairs), Path(folder), _stage)
+        results = bench.measure_rows(names)
+    _publish(results, bench.figures, started, "Serving from two pools", json_file, report)
 
 
 @bench_app.command()
@@ -123,11 +146,11 @@ def _publish(
         _write_report(report, figures, results, title)
 
 
-def _parse_rows(text: str) -> list[str]:
-    names = list(ROW_NAMES) if text == "all" else [name.strip() for name in text.split(",") if name.strip()]
-    unknown = [name for name in names if name not in ROW_NAMES]
+def _parse_rows(text: str, known: Sequence[str]) -> list[str]:
+    names = list(known) if text == "all" else [name.strip() for name in text.split(",") if name.strip()]
+    unknown = [name for name in names if name not in known]
     if unknown or not names:
-        raise ConfigError(f"--rows is {text!r}: give all, or some of {', '.join(ROW_NAMES)}, with commas between.")
+        raise ConfigError(f"--rows is {text!r}: give all, or some of {', '.join(known)}, with commas between.")
     return names
 
 

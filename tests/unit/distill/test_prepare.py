@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
-from fakes import CHAT_TEMPLATE, END_ID, write_tokenizer
+from fakes import END_ID, write_tokenizer
 
 from swiftkv.distill import prepare
 from swiftkv.distill.data import PackedRows

@@ -1,0 +1,115 @@
+"""Short chats while long prompts pour in: a prefill and a decode pool of one core each against one engine on both.
+
+The one engine is vLLM's own server at the chunk size (tokens of one step) that is best for the chats; it has no gateway
+before it, which is to its advantage.
+Called by: bench/serve/run.py. Calls: bench/serve/servers.py, loadgen.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from swiftkv.bench.models import build_random_prompts
+from swiftkv.bench.pairs import OnStage
+from swiftkv.bench.serve.servers import MODEL_ID, Platform, build_gateway, build_version, run_bare_server
+from swiftkv.engine.settings import EngineSettings
+from swiftkv.errors import EngineError
+from swiftkv.loadgen.answers import Answer, Request, find_percentile, take_completed
+from swiftkv.loadgen.replay import draw_poisson_arrivals, run_open
+
+CHUNK_SIZES = (64, 128, 256, 512, 1024, 2048)
+HOP_TOKENS = 256
+PREFILL_CHUNK, DECODE_CHUNK = 2048, 64
+_VOCAB_SIZE = 8000
+_CHAT, _LONG = "chat", "long"
+
+
+@dataclass(frozen=True)
+class Flood:
+    """Two kinds of requests that arrive at random, independent of each other."""
+
+    duration_s: float = 60
+    chats_per_s: float = 1.0
+    chat_prompt_tokens: int = 48
+    chat_new_tokens: int = 32
+    longs_per_s: float = 0.35
+    long_prompt_tokens: int = 2000
+    long_new_tokens: int = 2
+
+    def build_requests(self, seed: int) -> list[Request]:
+        """The same for every server that is given the same seed."""
+        chats = draw_poisson_arrivals(self.chats_per_s, self.duration_s, seed)
+        longs = draw_poisson_arrivals(self.longs_per_s, self.duration_s, seed + 1)
+        return [
+            *_build(chats, _CHAT, self.chat_prompt_tokens, self.chat_new_tokens, seed + 2),
+            *_build(longs, _LONG, self.long_prompt_tokens, self.long_new_tokens, seed + 3),
+        ]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one server made of a flood, in seconds."""
+
+    chat_tpot_p99_s: float
+    chat_tpot_p50_s: float
+    chat_ttft_p95_s: float
+    long_ttft_p50_s: float
+    long_ttft_p95_s: float
+
+
+def _build(arrivals: list[float], label: str, prompt_tokens: int, new_tokens: int, seed: int) -> list[Request]:
+    prompts = build_random_prompts([prompt_tokens] * len(arrivals), _VOCAB_SIZE, seed)
+    body = {"model": MODEL_ID, "max_tokens": new_tokens, "temperature": 0, "ignore_eos": True}
+    return [Request({**body, "prompt": p}, time_s, label) for p, time_s in zip(prompts, arrivals, strict=True)]
+
+
+def send_flood(base_url: str, flood: Flood, seed: int) -> Outcome:
+    """The outcome once all are answered. Raises: EngineError if one is not complete."""
+    answers = run_open(base_url, flood.build_requests(seed))
+    if len(take_completed(answers)) < len(answers):
+        raise EngineError(f"requests of the flood failed: {next(a.reason for a in answers if a.outcome != 'complete')}")
+    return _summarise(take_completed(answers, _CHAT), take_completed(answers, _LONG))
+
+
+def _summarise(chats: list[Answer], longs: list[Answer]) -> Outcome:
+    tpots = [answer.tpot_s for answer in chats]
+    long_ttfts = [answer.ttft_s for answer in longs]
+    return Outcome(
+        chat_tpot_p99_s=find_percentile(tpots, 99),
+        chat_tpot_p50_s=find_percentile(tpots, 50),
+        chat_ttft_p95_s=find_percentile([answer.ttft_s for answer in chats], 95),
+        long_ttft_p50_s=find_percentile(long_ttfts, 50),
+        long_ttft_p95_s=find_percentile(long_ttfts, 95),
+    )
+
+
+def seeded(base_url: str, flood: Flood) -> Callable[[], Outcome]:
+    """The floods of one server, each with other requests."""
+    seeds = iter(range(1_000_000))
+    return lambda: send_flood(base_url, flood, next(seeds))
+
+
+def try_chunk_sizes(model: Path, settings: EngineSettings, flood: Flood, on_stage: OnStage) -> dict[int, Outcome]:
+    """What one engine on both cores makes of one flood at each chunk size."""
+    outcomes = {}
+    for chunk_size in CHUNK_SIZES:
+        on_stage(f"one engine, {chunk_size} tokens a step")
+        update = {"max_num_batched_tokens": chunk_size}
+        with run_bare_server(model, settings.model_copy(update=update)) as base_url:
+            send_flood(base_url, Flood(duration_s=5), seed=1000)  # the first use of an engine is slower
+            outcomes[chunk_size] = send_flood(base_url, flood, seed=0)
+    return outcomes
+
+
+def deploy_pair(platform: Platform, model: Path, settings: EngineSettings) -> str:
+    """Two pools, one core each, long prompts going to the prefill pool."""
+    prefill, decode = (
+        {"engine": settings.model_copy(update=update).model_dump(exclude_defaults=True), "num_cpus": 0.5}
+        for update in (
+            {"cpu_cores": "0", "max_num_batched_tokens": PREFILL_CHUNK},
+            {"cpu_cores": "1", "max_num_batched_tokens": DECODE_CHUNK},
+        )
+    )
+    pair = {"model": str(model), "prefill": prefill, "decode": decode, "hop": {"min_tokens": HOP_TOKENS}}
+    capacity = {"max_in_flight_sequences": 64, "max_in_flight_prompt_tokens": 1 << 20}
+    return platform.deploy([build_version("pair", pair), build_gateway(["version"], capacity)])

@@ -1,0 +1,38 @@
+"""The rows of the serving bench and their bounds. Measures nothing.
+
+Called by: bench/serve, cli/bench.py.
+"""
+
+from swiftkv.bench.table import Row
+
+ROWS = (
+    Row(
+        "tokens-float32", "of 200 random prompts: answers of two pools that differ from one engine's, float32", 0, False
+    ),
+    Row(
+        "tokens-bfloat16",
+        "the same in bfloat16: those that differ first where the two best log probabilities are over 0.02 apart",
+        0,
+        False,
+    ),
+    Row(
+        "throughput", "16 streams: tokens/s through gateway and Ray Serve over vLLM's own server's, one core each", 0.95
+    ),
+    Row("ttft-added", "one stream: TTFT added by gateway and Ray Serve, ms", 10, False),
+    Row(
+        "flood",
+        "short chats in a flood of long prompts: TPOT p99 of two pools over one engine's, best chunks",
+        0.5,
+        False,
+    ),
+    Row(
+        "tenants",
+        "a tenant's TTFT p95 while another sends 20 times its share, over that while it keeps to it",
+        1.25,
+        False,
+    ),
+    Row("growth", "requests lost while the decode pool grows from 1 to 2 replicas and shrinks again", 0, False),
+    Row("prefill-weights", "bytes of weights in a running prefill engine over those in a whole one", 0.58, False),
+)
+ROW_NAMES = tuple(row.name for row in ROWS)
+ROW_BY_NAME = {row.name: row for row in ROWS}

@@ -1,0 +1,174 @@
+"""The serving bench, row by row of bench/serve/rows.py: real engines, a real cluster, random weights.
+
+Called by: cli/bench.py. Calls: the files of the rows beside it.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from swiftkv.bench.byte_tokenizer import write_tokenizer
+from swiftkv.bench.models import EIGHT_LAYER_SHAPE, LAPTOP_SHAPE, NARROW_8B_SHAPE, write_random_models
+from swiftkv.bench.pairs import OnStage, describe_processor, take_turns
+from swiftkv.bench.ratios import compute_ratio, summarise_values
+from swiftkv.bench.serve import flood, overhead, tenants, tokens, weights
+from swiftkv.bench.serve.rows import ROW_BY_NAME
+from swiftkv.bench.serve.servers import build_gateway, build_version, run_bare_server, run_platform
+from swiftkv.bench.table import Result
+from swiftkv.engine.settings import EngineSettings
+from swiftkv.model.precision import has_bfloat16_instructions
+from swiftkv.spec import ModelShape
+
+_CONTEXT = 4096
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes of one run of the bench."""
+
+    shape: ModelShape = LAPTOP_SHAPE
+    """Of the model whose speed is measured."""
+    pairs: int = 7
+    flood: flood.Flood = field(default_factory=flood.Flood)
+    flood_pairs: int = 3
+    sharing: tenants.Sharing = field(default_factory=tenants.Sharing)
+    sharing_pairs: int = 3
+    dtype: Literal["bfloat16", "float32"] = "bfloat16" if has_bfloat16_instructions() else "float32"
+    """Of the model whose speed is measured."""
+
+    @property
+    def settings(self) -> EngineSettings:
+        """Of every engine whose speed is measured."""
+        return EngineSettings(
+            dtype=self.dtype,
+            max_model_len=_CONTEXT,
+            max_num_seqs=16,
+            enable_prefix_caching=False,
+            kv_cache_gib=1.0,
+            cpu_cores="0",
+        )
+
+
+class ServeBench:
+    """Measures rows by name; models are written to `folder` when the first row that needs them is measured."""
+
+    def __init__(self, plan: Plan, folder: Path, on_stage: OnStage) -> None:
+        self.plan, self.folder, self.on_stage = plan, folder, on_stage
+        self.figures: dict[str, Any] = {"hardware": describe_processor(), "dtype": plan.dtype}
+        """More about what was measured, as a flat JSON object."""
+
+    def measure_rows(self, names: Collection[str]) -> list[Result]:
+        """The rows named, in the table's order."""
+        results: list[Result] = []
+        for dtype in ("float32", "bfloat16"):
+            if f"tokens-{dtype}" in names:
+                results.append(self.compare_tokens(dtype))
+        if {"throughput", "ttft-added"} & set(names):
+            results += self.measure_overhead(names)
+        if "flood" in names:
+            results.append(self.measure_flood())
+        if "tenants" in names:
+            results.append(self.measure_tenants())
+        if "prefill-weights" in names:
+            results.append(self.weigh_prefill())
+        return results
+
+    def compare_tokens(self, dtype: Literal["float32", "bfloat16"]) -> Result:
+        """200 prompts through two pools and through one engine."""
+        model = self._write_model(EIGHT_LAYER_SHAPE)
+        settings = EngineSettings(
+            dtype=dtype, max_model_len=2048, max_num_seqs=8, enforce_eager=True, kv_cache_gib=0.1, cpu_cores="1"
+        )
+        prompts = tokens.draw_prompts(EIGHT_LAYER_SHAPE.vocab_size)
+        self.on_stage(f"one engine, {dtype}")
+        expected = tokens.ask_one_engine(model, settings, prompts)
+        with run_platform(self.on_stage) as platform:
+            answers = tokens.ask_two_pools(platform, model, settings, prompts)
+            handed_over = platform.wait_for_counter("swiftkv_hop_prompts_total", way="remote")
+        self.figures[f"prompts_handed_over_{dtype}"] = handed_over
+        smallest_gap = 0.0 if dtype == "float32" else tokens.SMALLEST_GAP
+        count = tokens.count_differences(answers, expected, smallest_gap)
+        self.figures[f"prompts_differing_at_all_{dtype}"] = tokens.count_differences(answers, expected, -1.0)
+        row = ROW_BY_NAME[f"tokens-{dtype}"]
+        return Result(row, summarise_values([count]), f"{len(prompts)} prompts", f"{count} differ")
+
+    def measure_overhead(self, names: Collection[str]) -> list[Result]:
+        """vLLM's own server and the platform, both up, in turns."""
+        model, settings = self._write_model(self.plan.shape), self.plan.settings
+        results = []
+        self.on_stage("starting vLLM's own server")
+        with run_bare_server(model, settings) as bare_url, run_platform(self.on_stage) as platform:
+            pool = {"model": str(model), "engine": settings.model_dump(exclude_defaults=True)}
+            capacity = {"max_in_flight_sequences": settings.max_num_seqs, "max_in_flight_prompt_tokens": 1 << 20}
+            url = platform.deploy([build_version("pool", pool), build_gateway(["version"], capacity)])
+            for name, measure in (("throughput", overhead.measure_throughput), ("ttft-added", overhead.measure_ttft)):
+                if name in names:
+                    sides = [overhead.seeded(measure, base_url) for base_url in (bare_url, url)]
+                    bare, ours = take_turns(sides, self.plan.pairs, self.on_stage, name)
+                    results.append(_compare_overhead(name, bare, ours))
+        return results
+
+    def measure_flood(self) -> Result:
+        """The best chunk size first; then one engine with it and two pools, both up, in turns."""
+        plan, model = self.plan, self._write_model(self.plan.shape)
+        one = plan.settings.model_copy(update={"cpu_cores": "0,1", "max_num_seqs": 32})
+        tried = flood.try_chunk_sizes(model, one, plan.flood, self.on_stage)
+        best = min(tried, key=lambda size: tried[size].chat_tpot_p99_s)
+        self.figures["flood_by_chunk_size"] = {size: asdict(outcome) for size, outcome in tried.items()}
+        self.figures["flood_best_chunk_size"] = best
+        one = one.model_copy(update={"max_num_batched_tokens": best})
+        with run_bare_server(model, one) as one_url, run_platform(self.on_stage) as platform:
+            pair_url = flood.deploy_pair(platform, model, one)
+            sides = [flood.seeded(url, plan.flood) for url in (one_url, pair_url)]
+            outcomes = take_turns(sides, plan.flood_pairs, self.on_stage, "flood")
+        for who, values in zip(("one_engine", "two_pools"), outcomes, strict=True):
+            self.figures[f"flood_{who}"] = [asdict(outcome) for outcome in values]
+        one_s, pair_s = ([outcome.chat_tpot_p99_s for outcome in values] for values in outcomes)
+        return _compare("flood", pair_s, one_s, "s")
+
+    def measure_tenants(self) -> Result:
+        """One pool behind the gateway; the other tenant keeps to its share, or sends 20 times as much."""
+        plan, model = self.plan, self._write_model(self.plan.shape)
+        keys = tenants.write_tenants(self.folder / "tenants.yaml")
+        with run_platform(self.on_stage) as platform:
+            pool = {"model": str(model), "engine": plan.settings.model_dump(exclude_defaults=True)}
+            gateway = build_gateway(["version"], tenants.CAPACITY, tenants_file=str(self.folder / "tenants.yaml"))
+            url = platform.deploy([build_version("pool", pool), gateway])
+            sides = [tenants.seeded(url, keys, plan.sharing, factor) for factor in (1, tenants.FLOOD_FACTOR)]
+            fair, flooded = take_turns(sides, plan.sharing_pairs, self.on_stage, "tenants")
+        return _compare("tenants", flooded, fair, "s")
+
+    def weigh_prefill(self) -> Result:
+        """Both roles of a narrow Llama-3.1-8B."""
+        model = self._write_model(NARROW_8B_SHAPE)
+        common = {"dtype": self.plan.dtype, "enforce_eager": True, "max_model_len": 512, "kv_cache_gib": 0.1}
+        sizes = []
+        for role, transfer in (("prefill", "producer"), ("full", "none")):
+            self.on_stage(f"weighing a running engine, role {role}")
+            settings = EngineSettings.model_validate({**common, "role": role, "kv_transfer": transfer})
+            sizes.append(weights.weigh_running_engine(model, settings))
+        return _compare("prefill-weights", sizes[:1], sizes[1:], "bytes")
+
+    def _write_model(self, shape: ModelShape) -> Path:
+        folder = self.folder / f"{shape.hidden_size}-{shape.num_hidden_layers}"
+        if not folder.exists():
+            self.on_stage(f"writing a random model of {shape.num_hidden_layers} layers")
+            write_random_models(folder, shape, _CONTEXT)
+            write_tokenizer(folder / "student", shape.vocab_size, _CONTEXT)
+        return folder / "student"
+
+
+def _compare_overhead(name: str, bare: list[float], ours: list[float]) -> Result:
+    if name == "throughput":
+        return _compare(name, ours, bare, "tokens/s")
+    added = summarise_values([one - other for one, other in zip(ours, bare, strict=True)])
+    return Result(ROW_BY_NAME[name], added, *(_describe(values, "ms") for values in (bare, ours)))
+
+
+def _compare(name: str, ours: Sequence[float], base: Sequence[float], unit: str) -> Result:
+    return Result(ROW_BY_NAME[name], compute_ratio(ours, base), *(_describe(values, unit) for values in (base, ours)))
+
+
+def _describe(values: Sequence[float], unit: str) -> str:
+    return f"{sorted(values)[len(values) // 2]:,.4g} {unit}"

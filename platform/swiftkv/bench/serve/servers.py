@@ -1,0 +1,153 @@
+"""What the serving bench sends its loads to: the platform on a cluster of its own, and vLLM's own server alone.
+
+Called by: bench/serve.py and the files of its rows. Calls: cluster, serving/deploy.py, vLLM's OpenAI server.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from swiftkv.cluster import Cluster, choose_ports, start_cluster, stop_cluster
+from swiftkv.engine.settings import EngineSettings
+from swiftkv.errors import EngineError
+from swiftkv.serving.checks import check_applications
+from swiftkv.serving.deploy import Progress, deploy_config
+
+MODEL_ID = "bench"
+_START_TIMEOUT_S = 600.0
+_EXPORT_S = 6.0
+
+
+class Platform:
+    """Applications behind one endpoint on a running cluster."""
+
+    def __init__(self, cluster: Cluster, config: dict[str, Any], on_progress: Progress) -> None:
+        self.cluster = cluster
+        self._config = config
+        self._on_progress = on_progress
+
+    def deploy(self, applications: list[dict[str, Any]]) -> str:
+        """The endpoint's base URL once all run; applications deployed before and not among these are removed."""
+        check_applications(applications, "bench")
+        return deploy_config(self.cluster, {**self._config, "applications": applications}, self._on_progress)
+
+    def read_counter(self, name: str, **labels: str) -> float:
+        """What Ray's agent exports of one of our counters (or of vLLM's), summed over all that have these labels."""
+        wanted = [f'{key}="{value}"' for key, value in labels.items()]
+        with urllib.request.urlopen(f"http://127.0.0.1:{self._find_metrics_port()}/metrics", timeout=10) as response:
+            lines = response.read().decode().splitlines()
+        found = [line for line in lines if line.startswith(f"ray_{name}{{") and all(text in line for text in wanted)]
+        return sum(float(line.rpartition(" ")[2]) for line in found)
+
+    def wait_for_counter(self, name: str, **labels: str) -> float:
+        """The same once it has stopped rising: what actors count is exported seconds later."""
+        before, value = -1.0, self.read_counter(name, **labels)
+        while value != before:
+            time.sleep(_EXPORT_S)
+            before, value = value, self.read_counter(name, **labels)
+        return value
+
+    def _find_metrics_port(self) -> str:
+        words = psutil.Process(self.cluster.pid).cmdline()
+        return words[words.index("--metrics-export-port") + 1]
+
+
+@contextmanager
+def run_platform(on_progress: Progress) -> Iterator[Platform]:
+    """A cluster without applications, in a folder of its own, ended with everything on it."""
+    with tempfile.TemporaryDirectory(prefix="swk-") as home:
+        before = os.environ.get("SWIFTKV_HOME")
+        os.environ["SWIFTKV_HOME"] = home
+        try:
+            cluster = start_cluster()
+            try:
+                (port,) = choose_ports(1)
+                options = {"proxy_location": "HeadOnly", "http_options": {"host": "127.0.0.1", "port": port}}
+                yield Platform(cluster, options, on_progress)
+            finally:
+                stop_cluster(cluster)
+        finally:
+            os.environ.pop("SWIFTKV_HOME")
+            if before is not None:
+                os.environ["SWIFTKV_HOME"] = before
+
+
+def build_version(kind: str, settings: dict[str, Any], name: str = "version") -> dict[str, Any]:
+    """A model version as an application; `kind` is "pool" or "pair", `settings` are those of `PoolSettings` or
+    `PairSettings`."""
+    return _build_application(
+        name, None, f"swiftkv.serving.app:build_{kind}_version", {"model_id": MODEL_ID, **settings}
+    )
+
+
+def build_gateway(applications: list[str], capacity: dict[str, Any], **others: Any) -> dict[str, Any]:
+    """The gateway before versions of the bench's model."""
+    model = {"routes": [{"application": name} for name in applications], "capacity": capacity}
+    settings = {"models": {MODEL_ID: model}, "limits": {"ttft_target_s": None}, **others}
+    return _build_application("gateway", "/", "swiftkv.serving.gateway.app:build_gateway_app", settings)
+
+
+def _build_application(name: str, route: str | None, import_path: str, args: dict[str, Any]) -> dict[str, Any]:
+    return {"name": name, "route_prefix": route, "import_path": import_path, "args": args}
+
+
+@contextmanager
+def run_bare_server(model: Path, settings: EngineSettings) -> Iterator[str]:
+    """The base URL of vLLM's OpenAI server on the model in a folder, without Ray; ended at the end.
+
+    Raises: EngineError with the end of its log if it does not start.
+    """
+    (port,) = choose_ports(1)
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--model", str(model), "--served-model-name", MODEL_ID, "--no-enable-log-requests"]
+    command += list_options(settings.build_engine_arguments())
+    environment = {**os.environ, **settings.build_environment(), "VLLM_LOGGING_LEVEL": "WARNING"}
+    environment.pop("VLLM_CPU_KVCACHE_SPACE", None)
+    with tempfile.TemporaryFile() as log:
+        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        try:
+            _wait_until_ready(server, f"http://127.0.0.1:{port}/health", log)
+            yield f"http://127.0.0.1:{port}/v1"
+        finally:
+            os.killpg(server.pid, signal.SIGTERM)
+            try:
+                server.wait(30)
+            except subprocess.TimeoutExpired:
+                os.killpg(server.pid, signal.SIGKILL)
+                server.wait()
+
+
+def list_options(arguments: dict[str, Any]) -> list[str]:
+    """vLLM's engine arguments as options of its command line."""
+    options = []
+    for name, value in arguments.items():
+        option = name.replace("_", "-")
+        if isinstance(value, bool):
+            options.append(f"--{option}" if value else f"--no-{option}")
+        else:
+            options.append(f"--{option}={json.dumps(value) if isinstance(value, dict) else value}")
+    return options
+
+
+def _wait_until_ready(server: subprocess.Popen[bytes], url: str, log: Any) -> None:
+    deadline = time.monotonic() + _START_TIMEOUT_S
+    while time.monotonic() < deadline and server.poll() is None:
+        try:
+            urllib.request.urlopen(url, timeout=2).close()
+            return
+        except OSError:
+            time.sleep(0.2)
+    log.seek(0)
+    tail = "\n".join(log.read().decode(errors="replace").splitlines()[-12:])
+    raise EngineError(f"vLLM's own server did not start:\n{tail}")
