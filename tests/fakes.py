@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from swiftkv.bench.byte_tokenizer import CHAT_TEMPLATE, SPECIAL_TOKENS, write_tokenizer
+from swiftkv.bench.byte_tokenizer import SPECIAL_TOKENS, write_tokenizer
 
 Tensors = dict[str, torch.Tensor]
 

@@ -118,6 +118,27 @@ METRICS = {
             _LATENCIES_S,
         ),
         Metric(
+            "swiftkv_rollout_share_frac",
+            "gauge",
+            "The new version's part of the requests; 0 while there is none.",
+            ("model",),
+            "serving/rollout/rollout.py",
+        ),
+        Metric(
+            "swiftkv_rollout_check_ratio",
+            "gauge",
+            "What a new version is judged by: failures more than the stable one has, its times over those, agreement.",
+            ("model", "check"),
+            "serving/rollout/rollout.py",
+        ),
+        Metric(
+            "swiftkv_rollout_decisions_total",
+            "counter",
+            "New versions switched to or rejected, and why.",
+            ("model", "outcome", "reason"),
+            "serving/rollout/rollout.py",
+        ),
+        Metric(
             "swiftkv_gateway_queue_seconds",
             "histogram",
             "From a request's ticket to its turn.",

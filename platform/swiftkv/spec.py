@@ -217,6 +217,16 @@ class SwiftKVSpec:
         norms = shape.hidden_size * (2 if self.num_later_layers else 1)
         return (layers + key_values + vocab + norms) * bytes_per_parameter
 
+    def compute_prefill_weight_bytes(self, bytes_per_parameter: float = 2) -> float:
+        """Bytes of weights on a prefill half: embeddings, the first layers, the norm at the cut, later K and V.
+
+        A teacher has no half: all of its layers fill KV, and only the final norm and the LM head could be left out.
+        """
+        shape, first = self.shape, self.num_key_value_layers
+        layers = first * (2 * shape.query_parameters + shape.mlp_parameters + 2 * shape.hidden_size)
+        key_values = self.num_kv_caches * shape.key_value_parameters
+        return (layers + key_values + shape.vocab_parameters + shape.hidden_size) * bytes_per_parameter
+
     def _compute_token_flops(self, layers_run: int, attended_tokens: float) -> TokenFlops:
         shape = self.shape
         query_size = shape.num_attention_heads * shape.head_dim

@@ -14,9 +14,11 @@ import openai
 import psutil
 import pytest
 from fakes import TinyShape, write_student
+from openai_answers import CHECKS
 from reference import generate_greedy, load_weights
 
 from swiftkv.cluster import choose_ports, start_cluster, stop_cluster
+from swiftkv.errors import ConfigError
 from swiftkv.serving.deploy import deploy_config
 
 pytestmark = [pytest.mark.cluster, pytest.mark.engine]
@@ -51,6 +53,7 @@ def client(cluster, student):
     (port,) = choose_ports(1)
     pair = {
         "model": str(student),
+        "tool_call_parser": "hermes",
         "prefill": {"engine": build_engine("0"), "num_cpus": 0.5},
         "decode": {"engine": build_engine("1"), "num_cpus": 0.5, "min_replicas": 2, "max_replicas": 2},
         # Long, so that only a pool that says nothing at all is given up on a loaded machine.
@@ -157,6 +160,21 @@ def test_prompts_went_where_they_should(cluster, client):
     assert read_counter(cluster, "swiftkv_hop_prompts_total", way="local") >= 1
     assert read_counter(cluster, "swiftkv_hop_failures_total") == 0
     assert read_counter(cluster, "vllm_nixl_bytes_transferred_sum") > 0
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
+def test_answers_are_as_openai_has_them(client, student, check):
+    check(client, student)
+
+
+def test_pools_larger_than_the_cluster_are_refused_and_what_runs_stays(cluster, client, student):
+    pair = {"model": str(student), "decode": {"min_replicas": 1000, "max_replicas": 1000}}
+    large = build_application("pair", None, "swiftkv.serving.app:build_pair_version", pair)
+    config = {"http_options": {"host": "127.0.0.1", "port": client.base_url.port}, "applications": [large]}
+    said = r"decode 1000 x \(1 CPUs\)\. There: 1 x \(\d+ CPUs\)\. .* decode.min_replicas"
+    with pytest.raises(ConfigError, match=said):
+        deploy_config(cluster, config)
+    assert client.completions.create(model="tiny", prompt="x", max_tokens=1).usage.completion_tokens == 1
 
 
 def test_a_killed_prefill_replica_takes_no_answer_away_and_is_used_again_when_it_is_back(cluster, client, weights):

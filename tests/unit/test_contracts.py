@@ -208,6 +208,7 @@ LIGHT_MODULES = [
     "swiftkv.distill.recipe",
     "swiftkv.serving.config",
     "swiftkv.serving.gateway.settings",
+    "swiftkv.serving.rollout.settings",
     "swiftkv.serving.policy.decision",
     "swiftkv.registry",
     *(f"swiftkv.registry.{path.stem}" for path in sorted((PACKAGE / "registry").glob("[!_]*.py"))),

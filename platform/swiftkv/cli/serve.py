@@ -19,8 +19,9 @@ from swiftkv.cluster import Cluster, find_cluster, start_cluster, stop_cluster
 from swiftkv.config import parse_settings
 from swiftkv.engine.compiler import EAGER_REASON
 from swiftkv.errors import ClusterError, ConfigError
+from swiftkv.serving.checks import check_config, check_model
 from swiftkv.serving.config import ServeSettings
-from swiftkv.serving.deploy import Progress, check_applications, deploy, deploy_config, undeploy
+from swiftkv.serving.deploy import Progress, deploy, deploy_config, undeploy
 from swiftkv.serving.source import resolve_model
 
 _POLL_S = 1.0
@@ -68,6 +69,7 @@ def serve(
     if settings.engine.lacks_compiler():
         typer.echo(f"engine: {EAGER_REASON}", err=True)
     resolved = resolve_model(settings)  # a wrong name must not wait for a cluster
+    check_model(resolved, "swiftkv serve")
     run(lambda cluster, report: _describe_model(deploy(cluster, resolved, report)), detach, Console())
 
 
@@ -122,7 +124,7 @@ def read_serve_config(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: not YAML: {error}") from error
     if not isinstance(config, dict) or not config.get("applications"):
         raise ConfigError(f"{path}: no Serve config; it needs `applications` (see deployments/serve).")
-    check_applications(config["applications"], str(path))  # a wrong setting must not wait for a cluster
+    check_config(config, str(path))  # a wrong setting must not wait for a cluster
     return config
 
 

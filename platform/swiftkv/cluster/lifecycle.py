@@ -200,8 +200,6 @@ def _head_environment(folder: Path, ports: list[int]) -> dict[str, str]:
             "TMPDIR": str(scratch),
             # Ray keeps as many idle workers as CPUs; one that has built an application holds 0.5 GB.
             "RAY_num_workers_soft_limit": "0",
-            # Ray's 15 would put engines and gateway behind whatever else runs on the machine.
-            "RAY_worker_niceness": "0",
             "PYTHONUNBUFFERED": "1",
             **haproxy.prepare_haproxy(folder, ports[10:]),
             **_LOOPBACK_ONLY,

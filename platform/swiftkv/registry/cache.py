@@ -1,6 +1,7 @@
 """The node's copies of versions, shared by all processes of the node, within a size.
 
     cache/models/<digest>            a whole version; its path is the same on every node
+    cache/models/<digest>-light      a version without its weights; two versions never share a path
     cache/models/<digest>.partial    one that is being downloaded, or was when its process died: the next goes on
     cache/models/<digest>.lock       held while downloading, so that one process does it and the others wait
     cache/models/<digest>.used       held, shared, by whoever uses the copy; its time is that of the last use
@@ -40,13 +41,16 @@ class CachedCopy:
         self._use.close()
 
 
-def fetch_into_cache(manifest: Manifest, read_part: ReadPart, on_progress: OnProgress | None) -> CachedCopy:
-    """The verified copy; a copy that is there is verified again, and replaced if it was damaged.
+def fetch_into_cache(
+    manifest: Manifest, read_part: ReadPart, on_progress: OnProgress | None, name: str | None = None
+) -> CachedCopy:
+    """The verified copy; a copy that is there is verified again, and replaced if it was damaged. `name`: of its folder,
+    if not the manifest's digest.
 
     Raises: IntegrityError if bytes differ from the manifest and no right ones can be had; RegistryError if the disk or
     the cache's size does not allow it.
     """
-    path = home() / "cache" / "models" / manifest.digest
+    path = home() / "cache" / "models" / (name or manifest.digest)
     path.parent.mkdir(parents=True, exist_ok=True)
     use = _take_use(path)
     try:

@@ -201,7 +201,9 @@ class Registry:
         light = manifest.model_copy(
             update={"files": tuple(entry for entry in manifest.files if not is_weights(entry.path))}
         )
-        copy = fetch_into_cache(light, self._build_reader(manifest), None)
+        # Named after the whole version: engines that are given one path take each other's KV (NIXL's hash has the path,
+        # and nothing of the weights).
+        copy = fetch_into_cache(light, self._build_reader(manifest), None, f"{manifest.digest}-light")
         with _refusing(copy):
             check_without_weights(copy.path, [entry.path for entry in manifest.files])
         return FetchedVersion(copy.path, manifest.name, manifest.version, manifest, copy)

@@ -2,7 +2,8 @@
 
 Builds the observation from what replicas report, and from Prometheus where there is one; keeps the memory in Ray's
 policy state; writes one log line of JSON whenever sizes or reasons change, and gauges. Decides nothing itself.
-Called by: Ray Serve's controller, which makes one `PoolPolicy` per application. Calls: serving/policy, metrics.
+Called by: Ray Serve's controller, which makes one `PoolPolicy` per application.
+Calls: serving/policy, serving/pair_policy.py, metrics.
 
 Facts of Ray Serve 2.60 that this rests on:
 - The controller calls a policy ten times a second and applies each deployment's own delays and factors afterwards. A
@@ -27,12 +28,16 @@ import json
 import logging
 import math
 import time
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 from ray.serve.autoscaling_policy import PrometheusQueryMixin
 
 from swiftkv.config import parse_settings
 from swiftkv.metrics import record
+from swiftkv.serving.config import PairSettings
+from swiftkv.serving.pair_policy import build_policy_settings
 from swiftkv.serving.policy.decision import Decision, decide
 from swiftkv.serving.policy.lengths import EDGES, Bucket, Lengths, find_bucket
 from swiftkv.serving.policy.memory import Memory
@@ -43,6 +48,8 @@ from swiftkv.serving.policy.stats import WINDOW, WINDOW_S, read_lengths, read_re
 
 PREFIXES: dict[Pool, str] = {"prefill": "Prefill:", "decode": "Decode:"}
 """What the names of the two deployments begin with."""
+
+_PLACE = "autoscaling_policy.policy_kwargs.settings"
 
 PROMETHEUS_WINDOW_S = 60.0
 _RANGE = f"[{PROMETHEUS_WINDOW_S:.0f}s]"
@@ -64,12 +71,25 @@ class PoolPolicy(PrometheusQueryMixin):
     Raises: ConfigError naming the wrong setting, at deploy.
     """
 
-    def __init__(self, settings: dict[str, Any], prometheus_url: str | None = None, interval_s: float = 1.0) -> None:
-        """`settings` are those of `PolicySettings`; `prometheus_url` is $RAY_PROMETHEUS_HOST where None; a decision is
-        taken every `interval_s` seconds."""
+    def __init__(
+        self,
+        settings: dict[str, Any],
+        pair: dict[str, Any] | None = None,
+        prometheus_url: str | None = None,
+        interval_s: float = 1.0,
+    ) -> None:
+        """`settings` are those of `PolicySettings`. With `pair`, the same as the application's `args`, limits and costs
+        come from there and only targets must be given. `prometheus_url` is $RAY_PROMETHEUS_HOST where None; a decision
+        is taken every `interval_s` seconds."""
         super().__init__(prometheus_address=prometheus_url, prometheus_queries=QUERIES)
-        self._settings = parse_settings(settings, PolicySettings, "autoscaling_policy.policy_kwargs.settings")
         self._interval_s = interval_s
+        if pair is None:
+            complete = parse_settings(settings, PolicySettings, _PLACE)
+            self._build_settings: Callable[[], PolicySettings] = lambda: complete
+        else:
+            parsed = parse_settings(pair, PairSettings, "autoscaling_policy.policy_kwargs.pair")
+            # When first needed: a controller that comes back must not depend on the registry.
+            self._build_settings = cache(lambda: build_policy_settings(parsed, settings, _PLACE))
 
     def __call__(self, contexts: Contexts) -> tuple[dict[Any, int], dict[Any, dict[str, Any]]]:
         """Replicas of each of the two deployments, and what to remember for each."""
@@ -82,16 +102,18 @@ class PoolPolicy(PrometheusQueryMixin):
         except Exception:
             # One application's policy must not end the controller's round for all of them; sizes stay.
             logger.exception("swiftkv: the policy failed; both pools keep their sizes")
+            states[pools["decode"]]["decided_s"] = contexts[pools["decode"]].current_time
             return {}, states
 
     def _decide(self, contexts: Contexts, pools: dict[Pool, Any], states: dict[Any, dict[str, Any]]) -> dict[Any, int]:
         kept = states[pools["decode"]]
         now_s = contexts[pools["decode"]].current_time
         if now_s - kept.get("decided_s", -math.inf) < self._interval_s:
-            return {pools[pool]: kept["replicas"][pool] for pool in POOLS}
+            return {pools[pool]: replicas for pool, replicas in kept.get("replicas", {}).items()}
+        settings = self._build_settings()
         started = time.perf_counter()
-        observation = build_observation(contexts, pools, self.prometheus_results, self._settings.staleness_s)
-        decision = decide(observation, self._settings, Memory.model_validate(kept.get("memory") or {}))
+        observation = build_observation(contexts, pools, self.prometheus_results, settings.staleness_s)
+        decision = decide(observation, settings, Memory.model_validate(kept.get("memory") or {}))
         took_s = time.perf_counter() - started
         application = contexts[pools["decode"]].app_name or ""
         tell(application, decision, kept, took_s)

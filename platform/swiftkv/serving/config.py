@@ -2,12 +2,16 @@
 
 Imports neither ray nor vllm. Does not read the registry: a model is named here and fetched in `source`.
 Called by: serving/app.py (as the typed arguments of a Serve config file), serving/deploy.py, cli/serve.py.
+Calls: engine/settings.py, serving/hardware.py.
 """
+
+import math
 
 from pydantic import Field, model_validator
 
 from swiftkv.config import StrictModel
 from swiftkv.engine.settings import EngineSettings
+from swiftkv.serving.hardware import CPU, check_engine
 
 
 class ModelSettings(StrictModel):
@@ -26,12 +30,19 @@ class ModelSettings(StrictModel):
     """Take the tensors straight from the store into the engine, verified, without a copy on the node's disk. For one
     engine per node: several share a copy, and each streams by itself."""
 
+    tool_call_parser: str | None = None
+    """How this model writes tool calls, by vLLM's name of it (llama3_json, hermes, …), so that it can call one of
+    `tools` where it likes. None: only with `tool_choice` "required" or a function, which needs no parser."""
+
 
 class PoolSettings(ModelSettings):
     """One model behind one pool of identical replicas."""
 
     engine: EngineSettings = EngineSettings(kv_cache_gib=0.5, max_num_seqs=16)
     """Of each replica's engine. The defaults fit beside everything else into two cores and 8 GB."""
+
+    hardware: str = CPU
+    """"cpu", or a GPU's type as Ray names it (H100). A replica takes `engine.tensor_parallel_size` GPUs of one node."""
 
     num_cpus: float = Field(default=1, ge=0)
     """CPUs a replica takes from Ray's count. Scheduling only; `engine.cpu_cores` says what it really uses."""
@@ -45,6 +56,7 @@ class PoolSettings(ModelSettings):
 
     @model_validator(mode="after")
     def _check_queue(self) -> "PoolSettings":
+        check_engine(self.hardware, self.engine)
         if self.max_ongoing_requests < self.engine.max_num_seqs:
             raise ValueError(
                 f"max_ongoing_requests ({self.max_ongoing_requests}) is less than engine.max_num_seqs "
@@ -84,6 +96,10 @@ class HopSettings(StrictModel):
     timeout_s: float = Field(default=20.0, gt=0)
     """Seconds for the prefill pool's answer; then the decode replica prefills the prompt itself."""
 
+    transfer_timeout_s: float = Field(default=20.0, gt=0)
+    """Seconds from there to the first token, in which the prompt's KV comes and its turn in the decode engine; then
+    the decode replica prefills the prompt itself. NIXL has no bound for a replica that is there and does not answer."""
+
     retry_s: float = Field(default=5.0, gt=0)
     """Seconds for which a prefill pool that failed is not asked again."""
 
@@ -95,11 +111,18 @@ class HopSettings(StrictModel):
     """Of texts whose KV this replica may still have, so that they need no hop. About four a token of its cache."""
 
 
+_CPU_BLOCK_TOKENS = 128
+"""vLLM's own on CPUs (vLLM 0.29, platforms/cpu.py). On GPUs its attention kernel decides."""
+
+
 class PairedPool(StrictModel):
     """One of the two pools."""
 
     engine: EngineSettings = EngineSettings(kv_cache_gib=0.5, max_num_seqs=16)
     """Of each replica's engine; its role and KV transfer are set by the pool."""
+
+    hardware: str = CPU
+    """"cpu", or a GPU's type as Ray names it (H100). A replica takes `engine.tensor_parallel_size` GPUs of one node."""
 
     num_cpus: float = Field(default=1, ge=0)
     """CPUs a replica takes from Ray's count. Scheduling only; `engine.cpu_cores` says what it really uses."""
@@ -119,6 +142,7 @@ class PairedPool(StrictModel):
             raise ValueError(f"max_replicas ({self.max_replicas}) is less than min_replicas ({self.min_replicas})")
         if (self.engine.role, self.engine.kv_transfer) != ("full", "none"):
             raise ValueError("engine.role and engine.kv_transfer are set by the pool; leave them out")
+        check_engine(self.hardware, self.engine)
         return self
 
 
@@ -146,6 +170,37 @@ class PairSettings(ModelSettings):
                     f"prefill.engine.{name} is {values[0]} and decode.engine.{name} is {values[1]}: KV cannot move "
                     "between them; give both the same"
                 )
+        if (self.prefill.hardware == CPU) != (self.decode.hardware == CPU):
+            raise ValueError("one pool is on CPUs and the other on GPUs: KV cannot move between them; give both GPUs")
+        check_blocks(self.prefill, self.decode)
+        check_lengths(self.prefill, self.decode)
         if self.decode.min_replicas == 0 and self.prefill.min_replicas > 0:
             raise ValueError("decode.min_replicas is 0 and prefill.min_replicas is not: nobody would take the KV")
         return self
+
+
+def check_blocks(prefill: PairedPool, decode: PairedPool) -> None:
+    """Raises: ValueError if a decode engine's block is not a whole number of a prefill engine's: NIXL copies those."""
+    source, target = (
+        pool.engine.block_size or (_CPU_BLOCK_TOKENS if pool.hardware == CPU else None) for pool in (prefill, decode)
+    )
+    if source is None or target is None:
+        if source != target:
+            raise ValueError("engine.block_size of one pool is left to vLLM; set it in prefill and decode, or in none")
+    elif target % source:
+        raise ValueError(
+            f"prefill.engine.block_size is {source}, which does not divide decode.engine.block_size, {target}: KV "
+            f"cannot move between them; the nearest that works is {math.gcd(source, target)} in prefill, or {target} "
+            "in both"
+        )
+
+
+def check_lengths(prefill: PairedPool, decode: PairedPool) -> None:
+    """Raises: ValueError if a prefill engine refuses prompts that a decode engine takes."""
+    shorter, longer = prefill.engine.max_model_len, decode.engine.max_model_len
+    if shorter is not None and (longer is None or longer > shorter):
+        raise ValueError(
+            f"prefill.engine.max_model_len is {shorter} and decode.engine.max_model_len is "
+            f"{longer or 'what the model and its KV cache allow'}: longer prompts would be refused by one and taken "
+            f"by the other; give both {longer or shorter}"
+        )

@@ -4,7 +4,7 @@ Ray Serve LLM's decode server passes a failed prefill on to the client; this one
 a prefill pool that is empty, cold or broken makes answers slower and never takes them away. Generates nothing itself:
 both engines are vLLM's, and KV moves between them by NIXL.
 Called by: Ray Serve, as built in serving/pools.py.
-Calls: serving/hop.py, serving/workload.py, Ray Serve LLM's decode server.
+Calls: serving/hop.py, serving/workload.py, serving/callers.py, Ray Serve LLM's decode server.
 """
 
 import asyncio
@@ -19,13 +19,14 @@ from typing import Any
 import ray
 from ray.serve.llm import LLMConfig
 from ray.serve.llm.deployment import LLMServer, PDDecodeServer
-from ray.serve.llm.openai_api_models import ChatCompletionRequest
 
 from swiftkv.engine.side_channel import choose_side_channel
 from swiftkv.metrics import count, record
+from swiftkv.serving.callers import Callers
 from swiftkv.serving.config import HopSettings
 from swiftkv.serving.hop import HopCosts, SeenPrefixes, name_beginning
-from swiftkv.serving.prompts import BYTES_PER_TOKEN, count_sequences, estimate_tokens, read_prompt
+from swiftkv.serving.prompts import BYTES_PER_TOKEN, count_sequences, estimate_tokens, leave_only_prompt, read_prompt
+from swiftkv.serving.tokenizing import Tokenizing
 from swiftkv.serving.workload import DecodeWorkload, Served
 
 logger = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ class Prompt:
     """Of these, not in this engine's cache."""
 
 
-class DecodeServer(PDDecodeServer):
+class DecodeServer(Tokenizing, PDDecodeServer):
     """A decode engine that asks the prefill pool for help where it pays."""
 
     async def __init__(  # type: ignore[misc]  # as Ray has it
@@ -55,21 +56,31 @@ class DecodeServer(PDDecodeServer):
         self._avoided_until = 0.0
         self._asked_at = 0.0
         self._workload = DecodeWorkload(kv_capacity_tokens)
+        self._callers = Callers()
         os.environ.update(choose_side_channel(ray.util.get_node_ip_address()))  # see PrefillServer
         await super().__init__(llm_config, prefill_server=prefill_server, **others)
 
     async def _pd_handle_request(self, request: Any, raw_request_info: Any = None) -> AsyncGenerator[Any, None]:
         """The answer's chunks. Overrides the one place where Ray's server joins both pools."""
-        method = "chat" if isinstance(request, ChatCompletionRequest) else "completions"
+        with self._callers.hold(raw_request_info):
+            async for chunk in self._answer(request, raw_request_info):
+                yield chunk
+
+    async def _answer(self, request: Any, raw_request_info: Any) -> AsyncGenerator[Any, None]:
+        # Not by its class: Ray has two of each, and the gateway sends the other one than Ray's public name means.
+        method = "chat" if hasattr(request, "messages") else "completions"
         prompt = self._measure_prompt(request)
         started = time.monotonic()
-        handed_over, request = await self._prefill_remotely(method, request, raw_request_info, prompt)
-        count("swiftkv_hop_prompts_total", 1, way="remote" if handed_over else "local")
-        served = Served(prompt.tokens, prompt.uncached, bool(handed_over))
+        served = Served(prompt.tokens, prompt.uncached, self._asks_prefill_pool(request, prompt))
+        # Before the pool is asked: demand counts when it arrives, not when a full or empty pool has let it through.
         self._workload.begin(served)
+        handed_over, decoded = 0.0, request
         try:
-            chunks = await getattr(LLMServer, method)(self, request, raw_request_info)
-            async for chunk in chunks:
+            if served.is_remote:
+                handed_over, decoded = await self._prefill_remotely(method, request, raw_request_info, prompt)
+                served.is_remote = bool(handed_over)
+            count("swiftkv_hop_prompts_total", 1, way="remote" if handed_over else "local")
+            async for chunk in self._decode(method, request, decoded, raw_request_info):
                 is_first = not served.completion_tokens
                 self._workload.take_chunk(served, _count_tokens(chunk))
                 # A whole answer comes at once, so its first chunk tells nothing about the first token.
@@ -81,6 +92,44 @@ class DecodeServer(PDDecodeServer):
                 self._seen.add(prompt.text)
             self._workload.end(served)
 
+    async def _decode(
+        self, method: str, request: Any, decoded: Any, raw_request_info: Any
+    ) -> AsyncGenerator[Any, None]:
+        """The engine's chunks of `decoded`, or of `request` itself if the KV that it is to take does not come."""
+        chunks = await getattr(LLMServer, method)(self, decoded, raw_request_info)
+        if decoded is not request:
+            try:
+                yield await self._take_first(decoded, chunks)
+            except TimeoutError:
+                # The engine keeps the blocks for which KV was to come until NIXL has let go of them.
+                self._avoid_prefill_pool("its KV did not come")
+                chunks = await getattr(LLMServer, method)(self, request, raw_request_info)
+        async for chunk in chunks:
+            yield chunk
+
+    async def _take_first(self, request: Any, chunks: AsyncGenerator[Any, None]) -> Any:
+        """The first chunk. Raises: TimeoutError if there is no token in time; the engine has then dropped it."""
+        loop = asyncio.get_running_loop()
+        async with asyncio.timeout(None) as deadline:
+
+            def give_up() -> None:
+                if not self._has_begun(request.request_id):
+                    deadline.reschedule(loop.time())
+
+            timer = loop.call_later(self._costs.settings.transfer_timeout_s, give_up)
+            try:
+                first = await anext(chunks)
+            finally:
+                timer.cancel()
+        if deadline.expired():  # vLLM answers a cancelled whole request with an error instead of raising
+            raise TimeoutError
+        return first
+
+    def _has_begun(self, request_id: str) -> bool:
+        """Whether the engine has made a token of the request: an answer that is sent whole does not show it."""
+        states = self.engine._engine_client.output_processor.request_states.values()
+        return any(request_id in state.external_req_id and not state.is_prefilling for state in states)
+
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Serve's hook: what the policy is to know of this replica."""
         return self._workload.report()
@@ -91,20 +140,22 @@ class DecodeServer(PDDecodeServer):
         seen = self._seen.count_seen(text) / max(1, len(text))
         return Prompt(text, tokens, tokens * (1 - seen))
 
+    def _asks_prefill_pool(self, request: Any, prompt: Prompt) -> bool:
+        now = time.monotonic()
+        break_even = self._costs.find_break_even(self._workload.num_running, self._workload.waiting_tokens)
+        record("swiftkv_hop_break_even_tokens", min(break_even, 1e9))
+        if now < self._avoided_until or count_sequences(request) != 1:  # one answer hands over one sequence's KV
+            return False
+        return self._chooses_remote(prompt, now)
+
     async def _prefill_remotely(
         self, method: str, request: Any, raw_request_info: Any, prompt: Prompt
     ) -> tuple[float, Any]:
-        """When the prefill pool answered (0 if it was not asked or failed), and the request to decode."""
+        """When the prefill pool answered (0 if it failed), and the request to decode."""
         costs, now = self._costs, time.monotonic()
-        break_even = costs.find_break_even(self._workload.num_running, self._workload.waiting_tokens)
-        record("swiftkv_hop_break_even_tokens", min(break_even, 1e9))
-        if now < self._avoided_until or count_sequences(request) != 1:  # one answer hands over one sequence's KV
-            return 0.0, request
-        if not self._chooses_remote(prompt, now):
-            return 0.0, request
         self._asked_at = now
         backend = self._get_connector_backend()
-        asked = backend.prepare_prefill_request(request=request, peer=None)
+        asked = leave_only_prompt(backend.prepare_prefill_request(request=request, peer=None))
         handle = self._prefill_handle
         if beginning := name_beginning(prompt.text):
             handle = handle.options(session_id=beginning)

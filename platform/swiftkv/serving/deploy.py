@@ -2,7 +2,7 @@
 
 Declarative: what is sent is what `serve deploy` would send, so a config file and this give the same application.
 Does not start a cluster, and leaves a failed deployment's cluster running for its owner to stop.
-Called by: cli/serve.py, cli (quickstart). Calls: Ray's Serve REST API, serving/source.py.
+Called by: cli/serve.py, cli (quickstart). Calls: Ray's Serve and state REST APIs, serving/source.py, serving/checks.py.
 """
 
 import json
@@ -15,29 +15,22 @@ from pathlib import Path
 from typing import Any
 
 from swiftkv.cluster import Cluster, is_port_free
-from swiftkv.config import StrictModel, parse_settings
 from swiftkv.errors import ClusterError, ConfigError, EngineError
-from swiftkv.serving.config import PairSettings, PoolSettings, ServeSettings
-from swiftkv.serving.gateway.settings import GatewaySettings
+from swiftkv.serving.checks import Applications, check_applications, check_placement
+from swiftkv.serving.config import ServeSettings
+from swiftkv.serving.rollout.serve_config import keep_versions, list_entries, read_record
+from swiftkv.serving.rollout.settings import RolloutSettings
 from swiftkv.serving.source import resolve_model
 
 APPLICATION = "pool"
 IMPORT_PATH = "swiftkv.serving.app:build_app"
-
-SETTINGS: dict[str, type[StrictModel]] = {
-    IMPORT_PATH: PoolSettings,
-    "swiftkv.serving.app:build_pool_version": PoolSettings,
-    "swiftkv.serving.app:build_pair_app": PairSettings,
-    "swiftkv.serving.app:build_pair_version": PairSettings,
-    "swiftkv.serving.gateway.app:build_gateway_app": GatewaySettings,
-}
-"""What the `args` of our applications are, by import path."""
 
 # A first start compiles the model; on two slow cores that has taken two minutes.
 START_TIMEOUT_S = 600.0
 FIRST_REQUEST_TIMEOUT_S = 120.0
 _POLL_S = 0.5
 _NUM_ERROR_LINES = 12
+_MAX_NODES = 10_000
 
 _LOG_PREFIX = re.compile(r"^(\([^)]*pid=\d+\) )?((INFO|WARNING|ERROR) [\d-]+ [\d:]+ \[[^\]]*\] )?")
 _EXCEPTION = re.compile(r"(?:^|\s)((?:[a-zA-Z_][\w.]*\.)?\w*(?:Error|Exception): (?!Traceback).+)")
@@ -50,13 +43,14 @@ def deploy(cluster: Cluster, settings: ServeSettings, on_progress: Progress = la
     """Serves the model and returns the settings with the model's folder and id, once requests are answered.
 
     A pool that is already deployed is replaced. `on_progress` gets a short text whenever the state changes.
-    Raises: what `resolve_model` raises; ConfigError if the port is taken; ClusterError if the cluster does not
-    answer; EngineError with the replica's own error lines if the engine does not start.
+    Raises: what `resolve_model` raises; ConfigError if the port is taken or the cluster too small; ClusterError if the
+    cluster does not answer; EngineError with the replica's own error lines if the engine does not start.
     """
     on_progress("fetching the model")
     settings = resolve_model(settings)
     client = _connect(cluster)
     _check_endpoint(client, settings.host, settings.port)
+    _check_resources(cluster, {APPLICATION: settings})
     on_progress("building the application")
     client.deploy_applications(build_serve_config(settings))
     _wait_until_running(client, cluster, [APPLICATION], on_progress)
@@ -65,43 +59,33 @@ def deploy(cluster: Cluster, settings: ServeSettings, on_progress: Progress = la
     return settings
 
 
-def check_applications(applications: list[Any], source: str) -> None:
-    """Looks at the settings of those applications in a Serve config that are ours.
-
-    Raises: ConfigError naming `source`, the application and the wrong setting.
-    """
-    named = {entry.get("name") for entry in applications if isinstance(entry, dict)}
-    for entry in applications:
-        if not isinstance(entry, dict) or not entry.get("name"):
-            raise ConfigError(f"{source}: every application needs a name.")
-        settings_class = SETTINGS.get(entry.get("import_path", ""))
-        if settings_class is None:
-            continue
-        place = f"{source}: application {entry['name']}"
-        settings = parse_settings(entry.get("args") or {}, settings_class, place)
-        if isinstance(settings, GatewaySettings):
-            routed = {route.application for model in settings.models.values() for route in model.routes}
-            if missing := routed - named:
-                raise ConfigError(f"{place}: routes name {', '.join(sorted(missing))}, which this file does not have.")
-
-
 def deploy_config(cluster: Cluster, config: dict[str, Any], on_progress: Progress = lambda _: None) -> str:
     """Deploys a Serve config file's content and returns the endpoint's base URL, once every application runs.
 
-    Applications that are already deployed and not in the config are removed, as `serve deploy` does.
-    Raises: ConfigError if Serve refuses the config or the port is taken; ClusterError if the cluster does not answer;
-    EngineError with the replica's own error lines if an application does not start.
+    Applications that are already deployed and not in the config are removed, as `serve deploy` does; unlike there, what
+    a rollout of the config has running stays.
+    Raises: ConfigError if Serve refuses the config, the port is taken or the cluster too small; ClusterError if the
+    cluster does not answer; EngineError with the replica's own error lines if an application does not start.
     """
     client = _connect(cluster)
     options = config.get("http_options") or {}
     host, port = options.get("host", "127.0.0.1"), options.get("port", 8000)
     _check_endpoint(client, host, port)
+    applications = check_applications(config["applications"], "Serve config")
+    _check_resources(cluster, applications)
+    rollouts = {name: found for name, found in applications.items() if isinstance(found, RolloutSettings)}
+    entries = keep_versions(config["applications"], client.get_serve_details(), rollouts)
     on_progress("building the applications")
     try:
-        client.deploy_applications({**config, "http_options": {**options, "host": host, "port": port}})
+        http_options = {**options, "host": host, "port": port}
+        client.deploy_applications({**config, "http_options": http_options, "applications": entries})
     except RuntimeError as error:
         raise ConfigError(f"Ray Serve refused the config: {error}") from error
-    _wait_until_running(client, cluster, [entry["name"] for entry in config["applications"]], on_progress)
+    names = [entry["name"] for entry in config["applications"]]
+    _wait_until_running(client, cluster, names, on_progress)
+    for name, rollout in rollouts.items():
+        _wait_for_version(client, name, rollout, on_progress)
+    _wait_until_running(client, cluster, names, on_progress)  # the gateway has its routes
     return f"http://{host}:{port}/v1"
 
 
@@ -147,6 +131,16 @@ def _check_endpoint(client: Any, host: str, port: int) -> None:
         raise ConfigError(f"port {port} is taken by another program. Choose another with --port.")
 
 
+def _check_resources(cluster: Cluster, applications: Applications) -> None:
+    from ray.util.state import StateApiClient
+    from ray.util.state.common import ListApiOptions, StateResource
+
+    client = StateApiClient(address=cluster.dashboard_url, headers=cluster.headers())
+    options = ListApiOptions(filters=[("state", "=", "ALIVE")], limit=_MAX_NODES)
+    nodes = client.list(StateResource.NODES, options=options, raise_on_missing_output=False)
+    check_placement(applications, [node["resources_total"] for node in nodes], "deploying")
+
+
 def _wait_until_running(client: Any, cluster: Cluster, names: list[str], on_progress: Progress) -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
     reported = ""
@@ -164,6 +158,19 @@ def _wait_until_running(client: Any, cluster: Cluster, names: list[str], on_prog
             reported = state
         time.sleep(_POLL_S)
     raise EngineError(f"{', '.join(waiting)} not up after {START_TIMEOUT_S:.0f} s. Logs: {cluster.folder}")
+
+
+def _wait_for_version(client: Any, name: str, rollout: RolloutSettings, on_progress: Progress) -> None:
+    on_progress(f"starting what {rollout.model}@{rollout.alias} is")
+    deadline = time.monotonic() + rollout.start_timeout_s + rollout.warm_timeout_s
+    while time.monotonic() < deadline:
+        record = read_record(list_entries(client.get_serve_details()), name)
+        if record.stable is not None:
+            return
+        if record.rejected is not None:
+            raise EngineError(f"{name}: {rollout.name_application(record.rejected.version)}: {record.rejected.reason}")
+        time.sleep(_POLL_S)
+    raise EngineError(f"{name}: no version of {rollout.model} ran in time.")
 
 
 def _send_first_request(settings: ServeSettings) -> None:

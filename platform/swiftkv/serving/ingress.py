@@ -50,10 +50,10 @@ def add_error_answers(app: FastAPI) -> None:
 
 
 async def answer_error(request: Request, error: Exception) -> JSONResponse:
-    """The error as OpenAI writes it: {"error": {"message", "type", "param", "code"}}, `code` being the status."""
+    """The error as OpenAI writes it: {"error": {"message", "type", "param", "code"}}, `code` the status in digits."""
     status, message, param = describe_error(error)
     kind = _ERROR_TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
-    body = {"error": {"message": message, "type": kind, "param": param, "code": status}}
+    body = {"error": {"message": message, "type": kind, "param": param, "code": str(status)}}
     return JSONResponse(body, status_code=status)
 
 

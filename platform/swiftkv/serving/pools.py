@@ -1,10 +1,11 @@
 """The deployments of one model version: one pool, or a prefill and a decode pool, as Ray Serve LLM is told of them.
 
 Configures Ray Serve LLM; contains no engine, no routing and no HTTP code.
-Called by: serving/app.py. Calls: serving/decode.py, serving/prefill.py, ray.serve.llm.
+Called by: serving/app.py. Calls: serving/decode.py, serving/prefill.py, serving/server.py, ray.serve.llm.
 """
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,13 @@ from swiftkv.config import home
 from swiftkv.engine.settings import EngineSettings
 from swiftkv.serving.config import PairedPool, PairSettings, PoolSettings
 from swiftkv.serving.decode import DecodeServer
+from swiftkv.serving.hardware import CPU, build_bundles, count_kv_tokens
 from swiftkv.serving.prefill import PrefillServer
-from swiftkv.spec import SwiftKVSpec
+from swiftkv.serving.server import PoolServer
+
+LONGEST_ANSWER_S = 600.0
+"""A replica that is replaced finishes what it answers, as long as the gateway's default deadline. Ray's own (20 s) cuts
+streams."""
 
 LONGEST_PREFILL_S = 60.0
 """A prompt that a prefill replica is at when it is told to end may still take so long."""
@@ -28,30 +34,19 @@ _NO_DELAYS = dict.fromkeys(("upscale_delay_s", "downscale_delay_s", "downscale_t
 
 def build_pool(settings: PoolSettings) -> tuple[LLMConfig, serve.Application]:
     """What is served, and the deployment of a resolved pool (serving/source.py)."""
-    config = _build_llm_config(
-        settings, settings.engine, settings.num_cpus, {"num_replicas": settings.num_replicas}, settings.num_replicas
-    )
-    config.deployment_config["max_ongoing_requests"] = settings.max_ongoing_requests
-    return config, build_llm_deployment(config)
+    config = configure_pool(settings)
+    return config, build_llm_deployment(config, name_prefix="LLMServer:", deployment_cls=PoolServer)
 
 
 def build_pair(settings: PairSettings) -> tuple[LLMConfig, serve.Application]:
     """What is served, and the decode deployment of a resolved pair, which has the prefill deployment behind it."""
-    prefill_config = _build_paired_config(settings, settings.prefill, {"role": "prefill", "kv_transfer": "producer"})
-    # A prompt goes where its beginning was computed before (DecodeServer names the beginning), or to the next replica
-    # of the ring if that one is full. Ray's prefix tree needs an actor with a CPU of the replica's own.
-    prefill_config.deployment_config["request_router_config"] = {
-        "request_router_class": "ray.serve.experimental.consistent_hash_router:ConsistentHashRouter"
-    }
-    # A replica that ends waits for whoever is to fetch KV from it.
-    prefill_config.deployment_config["graceful_shutdown_timeout_s"] = settings.kv_lease_s + LONGEST_PREFILL_S
+    prefill_config, config = configure_pair(settings)
     prefill = build_llm_deployment(
         prefill_config,
         name_prefix="Prefill:",
         bind_kwargs={"kv_lease_s": settings.kv_lease_s},
         deployment_cls=PrefillServer,
     )
-    config = _build_paired_config(settings, settings.decode, {"kv_transfer": "consumer"})
     decode = build_llm_deployment(
         config,
         name_prefix="Decode:",
@@ -65,54 +60,90 @@ def build_pair(settings: PairSettings) -> tuple[LLMConfig, serve.Application]:
     return config, decode
 
 
+def configure_pool(settings: PoolSettings) -> LLMConfig:
+    """What Ray Serve LLM is told of a pool's deployment. Needs no cluster."""
+    config = _build_llm_config(
+        settings, settings, settings.engine, {"num_replicas": settings.num_replicas}, settings.num_replicas
+    )
+    config.deployment_config["max_ongoing_requests"] = settings.max_ongoing_requests
+    return config
+
+
+def configure_pair(settings: PairSettings) -> tuple[LLMConfig, LLMConfig]:
+    """What Ray Serve LLM is told of the prefill and of the decode deployment. Needs no cluster."""
+    prefill = _build_paired_config(settings, settings.prefill, {"role": "prefill", "kv_transfer": "producer"})
+    # A prompt goes where its beginning was computed before (DecodeServer names the beginning), or to the next replica
+    # of the ring if that one is full. Ray's prefix tree needs an actor with a CPU of the replica's own.
+    prefill.deployment_config["request_router_config"] = {
+        "request_router_class": "ray.serve.experimental.consistent_hash_router:ConsistentHashRouter"
+    }
+    # A replica that ends waits for whoever is to fetch KV from it.
+    prefill.deployment_config["graceful_shutdown_timeout_s"] = settings.kv_lease_s + LONGEST_PREFILL_S
+    return prefill, _build_paired_config(settings, settings.decode, {"kv_transfer": "consumer"})
+
+
 def _compute_kv_capacity(settings: PairSettings) -> float:
-    """Tokens whose KV one decode replica holds."""
-    config = json.loads((Path(str(settings.model)) / "config.json").read_text(encoding="utf-8"))
-    engine = settings.decode.engine
-    dtype = str(config.get("torch_dtype") or config.get("dtype")) if engine.dtype == "auto" else engine.dtype
-    value_bytes = 1 if engine.kv_cache_dtype == "fp8" else 4 if dtype == "float32" else 2
-    return engine.kv_cache_gib * 2**30 / SwiftKVSpec.from_hf_config(config).compute_kv_bytes_per_token(value_bytes)
+    """Tokens whose KV one decode replica holds; infinity for a GPU whose memory we do not know."""
+    config = json.loads((Path(settings.model) / "config.json").read_text(encoding="utf-8"))
+    tokens = count_kv_tokens(config, settings.decode.engine, settings.decode.hardware)
+    return math.inf if tokens is None else tokens
 
 
 def _build_paired_config(settings: PairSettings, pool: PairedPool, roles: dict[str, Any]) -> LLMConfig:
     engine = pool.engine.model_copy(update={**roles, "kv_lease_s": settings.kv_lease_s})
-    if pool.min_replicas == pool.max_replicas:
+    if all(each.min_replicas == each.max_replicas for each in (settings.prefill, settings.decode)):
         replicas: dict[str, Any] = {"num_replicas": pool.max_replicas}
     else:
-        # The application's policy decides (serving/autoscaling.py); Ray's own target counts requests.
+        # The application's policy decides (serving/autoscaling.py); Ray's own target counts requests. Of a deployment
+        # without such a config the policy is told nothing, and it needs to know both.
         bounds = {"min_replicas": pool.min_replicas, "max_replicas": pool.max_replicas}
         replicas = {"autoscaling_config": bounds | _NO_DELAYS}
-    config = _build_llm_config(settings, engine, pool.num_cpus, replicas, pool.max_replicas)
+    config = _build_llm_config(settings, pool, engine, replicas, pool.max_replicas)
     config.deployment_config["max_ongoing_requests"] = pool.max_ongoing_requests
     return config
 
 
 def _build_llm_config(
     settings: PoolSettings | PairSettings,
+    pool: PoolSettings | PairedPool,
     engine: EngineSettings,
-    num_cpus: float,
     replicas: dict[str, Any],
     max_replicas: int,
 ) -> LLMConfig:
     """Ray Serve LLM's configuration of one deployment whose model is a local folder."""
+    is_cpu = pool.hardware == CPU
     return LLMConfig(
         model_loading_config={"model_id": settings.model_id, "model_source": settings.model},
-        accelerator_config={"kind": "cpu"},
-        placement_group_config={"bundles": [{"CPU": num_cpus}]},
-        engine_kwargs=engine.build_engine_arguments(),
-        runtime_env={"env_vars": build_environment(engine, max_replicas)},
+        accelerator_config={"kind": "cpu" if is_cpu else "gpu"},
+        accelerator_type=None if is_cpu else pool.hardware,
+        # One node: devices exchange every layer's results.
+        placement_group_config={
+            "bundles": build_bundles(pool.hardware, pool.num_cpus, engine.tensor_parallel_size),
+            "strategy": "STRICT_PACK",
+        },
+        engine_kwargs=engine.build_engine_arguments() | _build_frontend_arguments(settings),
+        runtime_env={"env_vars": build_environment(engine, pool.hardware, max_replicas)},
         deployment_config={
             **replicas,
             # An engine that does not start fails the same way again, half a minute later.
             "max_constructor_retry_count": 1,
-            "ray_actor_options": {"num_cpus": 0},  # the bundle above is all that a replica takes
+            "graceful_shutdown_timeout_s": LONGEST_ANSWER_S,
+            "ray_actor_options": {"num_cpus": 0},  # the bundles above are all that a replica takes
         },
         # Ray holds tokens back for 50 ms to send them together; that is latency, and hides inter-token times.
         experimental_configs={"stream_batching_interval_ms": 0},
     )
 
 
-def build_environment(engine: EngineSettings, max_replicas: int) -> dict[str, str]:
+def _build_frontend_arguments(settings: PoolSettings | PairSettings) -> dict[str, Any]:
+    """Those of vLLM's frontend, which Ray Serve LLM takes among the engine's arguments."""
+    arguments: dict[str, Any] = {"enable_prompt_tokens_details": True}  # cached tokens are metered
+    if settings.tool_call_parser is not None:
+        arguments |= {"enable_auto_tool_choice": True, "tool_call_parser": settings.tool_call_parser}
+    return arguments
+
+
+def build_environment(engine: EngineSettings, hardware: str, max_replicas: int) -> dict[str, str]:
     """Environment of the replicas' processes."""
     environment = {
         **engine.build_environment(),
@@ -120,7 +151,7 @@ def build_environment(engine: EngineSettings, max_replicas: int) -> dict[str, st
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",  # the model is a local folder; nothing may be looked for elsewhere
     }
-    if max_replicas > 1 and engine.cpu_cores is None:
+    if hardware == CPU and max_replicas > 1 and engine.cpu_cores is None:
         # Each replica would bind to the same cores.
         num_threads = max(1, len(os.sched_getaffinity(0)) // max_replicas)
         environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(num_threads)}

@@ -17,6 +17,19 @@ def count_sequences(request: Any) -> int:
     return prompts * (getattr(request, "n", None) or 1)
 
 
+def leave_only_prompt(request: Any) -> Any:
+    """The request, changed so that a prefill replica does nothing for the token that it throws away.
+
+    `min_tokens` would even be refused there, beside the one token that is asked for.
+    """
+    request.min_tokens = 0
+    request.logprobs = False if hasattr(request, "messages") else None
+    for name in ("top_logprobs", "response_format", "structured_outputs"):
+        if hasattr(request, name):
+            setattr(request, name, None)
+    return request
+
+
 def estimate_tokens(request: Any, bytes_per_token: float = BYTES_PER_TOKEN) -> float:
     """Prompt tokens: counted where the request has token ids, else from the text's length; 1 at least."""
     text, tokens = read_prompt(request)

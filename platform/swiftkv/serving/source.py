@@ -1,9 +1,11 @@
 """Turns the model of a pool's settings into a local folder that an engine can load.
 
 Does not load the model or judge its quality.
-Called by: serving/app.py, serving/deploy.py. Calls: registry.
+Called by: serving/app.py, serving/deploy.py, serving/checks.py. Calls: registry.
 """
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,9 +37,7 @@ def resolve_model(settings: AnyModel) -> AnyModel:
         _check_folder(folder, has_tensors=source is None)
         name = folder.name
     else:
-        from swiftkv.registry.registry import Registry  # obstore is needed only here
-
-        registry = Registry(settings.store or home() / "registry")
+        registry = _open_registry(settings)
         if settings.stream:
             fetched = registry.fetch_without_weights(settings.model)
             source = WeightsSource(store=registry.location, reference=f"{fetched.name}@{fetched.version}")
@@ -47,6 +47,37 @@ def resolve_model(settings: AnyModel) -> AnyModel:
         folder, name = fetched.path.absolute(), fetched.name
     named = settings.model_copy(update={"model": str(folder), "model_id": settings.model_id or name})
     return _put_source(named, source)
+
+
+def read_shape(settings: ModelSettings) -> Mapping[str, Any]:
+    """What config.json says of the model's sizes; of a published model its manifest says it, so nothing is fetched.
+
+    Raises: as `resolve_model`.
+    """
+    if _looks_like_path(settings.model):
+        folder = Path(settings.model).expanduser().absolute()
+        _check_folder(folder, has_tensors=_list_engines(settings)[0].streamed_from is None)
+        shape: Mapping[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return shape
+    return _open_registry(settings).load_manifest(settings.model).spec
+
+
+def list_references(settings: ModelSettings) -> list[str]:
+    """What `model` could be instead of a wrong name: the model's versions and aliases, else the models there are."""
+    if _looks_like_path(settings.model):
+        return []
+    registry = _open_registry(settings)
+    name = settings.model.partition("@")[0]
+    models = registry.list_models()
+    if name not in models:
+        return models
+    return [f"{name}@{label}" for label in [*registry.list_aliases(name), *registry.list_versions(name)]]
+
+
+def _open_registry(settings: ModelSettings) -> Any:
+    from swiftkv.registry.registry import Registry  # obstore is needed only here
+
+    return Registry(settings.store or home() / "registry")
 
 
 def _list_engines(settings: ModelSettings) -> list[EngineSettings]:

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from swiftkv.serving.policy.stats import ReplicaLog, build_replica_stats
 
 
-@dataclass
+@dataclass(eq=False)
 class Served:
-    """One request of a decode replica."""
+    """One request of a decode replica; itself, however equal another is."""
 
     prompt_tokens: float
     uncached_tokens: float

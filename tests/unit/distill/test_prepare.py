@@ -16,6 +16,7 @@ import pytest
 import ray
 from fakes import END_ID, write_tokenizer
 
+from swiftkv.bench.byte_tokenizer import CHAT_TEMPLATE
 from swiftkv.distill import prepare
 from swiftkv.distill.data import PackedRows
 from swiftkv.distill.prepare import prepare_rows

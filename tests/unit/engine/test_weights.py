@@ -1,5 +1,6 @@
 """Which tensors of a checkpoint each role of an engine takes, and under which names. All names are written by hand."""
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -199,3 +200,12 @@ def test_files_that_the_index_does_not_name_are_left_alone(tmp_path: Path) -> No
         "model-00001-of-00002.safetensors",
         "model-00002-of-00002.safetensors",
     ]
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("group", [1, 2, 4])
+def test_the_spec_counts_what_a_prefill_half_reads(tmp_path: Path, group: int, tied: bool) -> None:
+    folder = write_student(tmp_path, TinyShape(num_hidden_layers=8), 4, group, tied=tied, dtype=torch.bfloat16)
+    spec = SwiftKVSpec.from_hf_config(json.loads((folder / "config.json").read_text()))
+    read = sum(tensor.numel() * tensor.element_size() for _, tensor in read_prefill_tensors(folder, spec))
+    assert spec.compute_prefill_weight_bytes() == read

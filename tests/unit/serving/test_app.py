@@ -5,18 +5,25 @@ import os
 from swiftkv.cluster.haproxy import NUM_PORTS, prepare_haproxy
 from swiftkv.engine.settings import EngineSettings
 from swiftkv.serving.config import PoolSettings
-from swiftkv.serving.pools import build_pool
+from swiftkv.serving.pools import configure_pool
 
 
 def build_config(**changes):
-    return build_pool(PoolSettings(**{"model": "/models/tiny", "model_id": "tiny", **changes}))[0]
+    return configure_pool(PoolSettings(**{"model": "/models/tiny", "model_id": "tiny", **changes}))
 
 
 def test_the_engine_s_settings_reach_vllm():
     engine = {"enforce_eager": True, "kv_cache_gib": 0.25, "max_model_len": 4096}
     config = build_config(engine=engine)
-    assert config.engine_kwargs == EngineSettings(**engine).build_engine_arguments()
+    assert EngineSettings(**engine).build_engine_arguments().items() <= config.engine_kwargs.items()
     assert config.engine_kwargs["kv_cache_memory_bytes"] == 2**28
+
+
+def test_cached_tokens_are_told_and_tools_parsed_where_a_parser_is_named():
+    told = build_config().get_engine_config().frontend_kwargs
+    assert told == {"enable_prompt_tokens_details": True}
+    parsed = build_config(tool_call_parser="hermes").get_engine_config().frontend_kwargs
+    assert parsed == told | {"enable_auto_tool_choice": True, "tool_call_parser": "hermes"}
 
 
 def test_bound_cores_are_left_as_set():

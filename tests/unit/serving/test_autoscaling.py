@@ -6,9 +6,11 @@ import math
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+from fakes import TinyShape, write_student
 from ray.serve._private.common import DeploymentID, ReplicaID, TimeStampedValue
 from ray.serve.autoscaling_policy import PrometheusSample, PrometheusVector, _apply_app_level_autoscaling_config
 from ray.serve.config import AutoscalingConfig, AutoscalingContext
@@ -239,8 +241,19 @@ def test_an_error_keeps_all_sizes(monkeypatch: pytest.MonkeyPatch, lines: list[s
     monkeypatch.setattr(autoscaling, "decide", fail)
     sizes, states = PoolPolicy(settings=SETTINGS)(contexts(state={"memory": {}}))
     assert sizes == {}
-    assert states[DECODE] == {"memory": {}}
+    assert states[DECODE] == {"memory": {}, "decided_s": 1000}  # the next try is after the interval
     assert "keep their sizes" in lines[0]
+
+
+def test_a_policy_whose_model_is_away_keeps_all_sizes_until_it_is_back(tmp_path: Path) -> None:
+    """A controller that comes back makes its policies at once, whatever the registry does."""
+    pair = {"model": str(tmp_path / "tiny"), "prefill": {"max_replicas": 9}, "decode": {"max_replicas": 9}}
+    policy = PoolPolicy(settings={"targets": SETTINGS["targets"]}, pair=pair)
+    sizes, states = policy(contexts(rate=20))
+    assert sizes == {}
+    write_student(tmp_path / "tiny", TinyShape(), 2, 2)
+    sizes, _ = policy(contexts(rate=20, state=states[DECODE], now_s=1002))
+    assert set(sizes) == {PREFILL, DECODE}
 
 
 def test_a_decision_is_one_line_of_json_when_it_changes(policy: PoolPolicy, lines: list[str]) -> None:

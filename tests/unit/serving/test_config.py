@@ -8,8 +8,9 @@ from ray.serve.schema import ServeDeploySchema
 
 from swiftkv.config import parse_settings
 from swiftkv.errors import ConfigError
+from swiftkv.serving.checks import check_applications
 from swiftkv.serving.config import PairSettings, PoolSettings, ServeSettings
-from swiftkv.serving.deploy import build_serve_config, check_applications
+from swiftkv.serving.deploy import build_serve_config
 
 CONFIG_FILES = sorted((Path(__file__).parents[3] / "deployments" / "serve").glob("*.yaml"))
 

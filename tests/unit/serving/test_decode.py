@@ -9,6 +9,7 @@ from ray.llm._internal.serve.engines.vllm.kv_transfer.base import DefaultConnect
 from ray.serve.llm.deployment import LLMServer
 from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest
 
+from swiftkv.serving.callers import Callers
 from swiftkv.serving.config import HopSettings
 from swiftkv.serving.decode import DecodeServer
 from swiftkv.serving.hop import HopCosts, SeenPrefixes
@@ -87,7 +88,7 @@ def build_server(behaviour, **hop):
     server._costs = HopCosts(HopSettings(**{"min_tokens": 0, "timeout_s": 0.05, "retry_s": 60.0, **hop}))
     server._bytes_per_token, server._seen = 4.0, SeenPrefixes(1 << 16)
     server._avoided_until, server._asked_at, server._workload = 0.0, 0.0, DecodeWorkload(10_000)
-    server._prefill_handle = PrefillPool(behaviour)
+    server._prefill_handle, server._callers = PrefillPool(behaviour), Callers()
     server._connector_backend_cache = DefaultConnectorBackend(None)
     return server
 
@@ -116,6 +117,34 @@ def test_a_broken_pool_is_not_asked_again_for_a_while_and_nobody_goes_without(de
         assert asyncio.run(run(server, build_request())) == ["one", "two"]
     assert len(server._prefill_handle.asked) == 1 and server._prefill_handle.cancelled == 1
     assert [request.kv_transfer_params for request in decoded] == [None] * 3
+
+
+@pytest.mark.parametrize("has_begun", [False, True])
+def test_a_prompt_whose_kv_does_not_come_is_prefilled_here(monkeypatch, has_begun):
+    """A whole answer that has begun, in the engine, is waited for however long it takes."""
+    server = build_server(answer_with_kv, transfer_timeout_s=0.05)
+    state = SimpleNamespace(external_req_id="cmpl-r-0", is_prefilling=not has_begun)
+    output_processor = SimpleNamespace(request_states={"1": state})
+    server.engine = SimpleNamespace(_engine_client=SimpleNamespace(output_processor=output_processor))
+    dropped = []
+
+    async def completions(_self, request, _raw):
+        async def chunks():
+            try:
+                await asyncio.sleep(0.2 if request.kv_transfer_params else 0)
+            except asyncio.CancelledError:
+                dropped.append(request)
+                yield "error"  # as vLLM's server answers
+                return
+            yield "remote" if request.kv_transfer_params else "local"
+
+        return chunks()
+
+    monkeypatch.setattr(LLMServer, "completions", completions)
+    answer = asyncio.run(run(server, build_request(request_id="r", stream=False)))
+    assert answer == ["remote" if has_begun else "local"] and len(dropped) == (not has_begun)
+    asyncio.run(run(server, build_request()))
+    assert len(server._prefill_handle.asked) == 1 + has_begun
 
 
 def test_a_pool_that_recovered_is_asked_again(decoded):

@@ -44,7 +44,7 @@ def client():
 def test_error_body(client, name, status, message, kind):
     response = client.post(f"/raise/{name}", json={})
     assert response.status_code == status
-    assert response.json() == {"error": {"message": message, "type": kind, "param": None, "code": status}}
+    assert response.json() == {"error": {"message": message, "type": kind, "param": None, "code": str(status)}}
 
 
 def test_unknown_path_has_the_same_body(client):

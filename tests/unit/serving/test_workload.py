@@ -92,3 +92,15 @@ def test_kv_is_kept_for_its_lease(clock):
     assert workload.report()["pending_kv_tokens"] == 400
     clock.now += 21
     assert (workload.report()["pending_kv_tokens"], workload.last_lease_s) == (0, 0)
+
+
+def test_requests_of_equal_size_are_told_apart(clock):
+    workload = DecodeWorkload(10_000)
+    first, second = Served(300, 200, is_remote=False), Served(300, 200, is_remote=False)
+    workload.begin(first)
+    workload.begin(second)
+    for served in (second, first):
+        workload.take_chunk(served)
+    for served in (second, first):
+        workload.end(served)
+    assert (workload.num_running, workload.waiting_tokens) == (0, 0)

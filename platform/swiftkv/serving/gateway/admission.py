@@ -7,6 +7,7 @@ Called by: gateway/admission_server.py, gateway/admission_client.py. Calls: gate
 
 import asyncio
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 from swiftkv.serving.gateway.fair_queue import FairQueue, QueueRefusal
@@ -27,6 +28,8 @@ class _Lease:
     ends_s: float
     is_adopted: bool = False
     """Its quota was taken elsewhere."""
+    application: str | None = None
+    """The version that its gateway has asked."""
 
 
 class Admission:
@@ -87,6 +90,10 @@ class Admission:
         for finished in report.finished:
             self._finish(finished)
 
+    def count_in_flight(self) -> dict[str, int]:
+        """Requests that gateways hold, by the application that they asked; those of the last heartbeat."""
+        return dict(Counter(lease.application for lease in self._leases.values() if lease.application))
+
     def describe(self) -> dict[str, dict[str, float | None]]:
         """What waits and what is in flight, by model."""
         return {model: queue.describe() for model, queue in self._queues.items()}
@@ -113,10 +120,10 @@ class Admission:
     def _renew(self, held: Held) -> None:
         ends_s = _now_s() + self._lease_s
         if lease := self._leases.get(held.ticket.id):
-            lease.ends_s = ends_s
+            lease.ends_s, lease.application = ends_s, held.application
         elif held.ticket.model in self._queues:
             self._queues[held.ticket.model].adopt(held.ticket, held.has_started)
-            self._leases[held.ticket.id] = _Lease(held.ticket, ends_s, is_adopted=True)
+            self._leases[held.ticket.id] = _Lease(held.ticket, ends_s, True, held.application)
 
     def _finish(self, finished: Finished) -> None:
         lease = self._leases.pop(finished.id, None)

@@ -8,9 +8,11 @@ Called by: gateway/routes.py. Calls: gateway/admission.py.
 import asyncio
 import logging
 from contextlib import suppress
+from dataclasses import replace
 from typing import Protocol
 
 from swiftkv.serving.gateway.admission import LOST, Admission
+from swiftkv.serving.gateway.outcomes import Compared, Outcome
 from swiftkv.serving.gateway.tickets import Decision, Finished, Held, Report, Ticket
 
 REPORT_TIMEOUT_S = 2.0
@@ -44,6 +46,7 @@ class AdmissionClient:
         self._held: dict[str, Held] = {}
         self._started: list[str] = []
         self._finished: list[Finished] = []
+        self._outcomes: list[Outcome | Compared] = []
         self._news = asyncio.Event()
         self._reporter: asyncio.Task[None] | None = None
 
@@ -67,9 +70,19 @@ class AdmissionClient:
         """The request's first token is out."""
         held = self._held.get(ticket_id)
         if held is not None:
-            self._held[ticket_id] = Held(held.ticket, has_started=True)
+            self._held[ticket_id] = replace(held, has_started=True)
             self._started.append(ticket_id)
             self._news.set()
+
+    def assign(self, ticket_id: str, application: str) -> None:
+        """The request is sent to a version. Told with the next heartbeat."""
+        held = self._held.get(ticket_id)
+        if held is not None:
+            self._held[ticket_id] = replace(held, application=application)
+
+    def note(self, outcome: Outcome | Compared) -> None:
+        """What became of a request at a version. Told with the next report."""
+        self._outcomes.append(outcome)
 
     def finish(self, ticket_id: str, used_tokens: int | None) -> None:
         """The request is over; `used_tokens` None: as estimated. Returns at once, the report follows."""
@@ -123,9 +136,10 @@ class AdmissionClient:
     def _take_news(self, with_held: bool) -> Report:
         self._news.clear()
         held = tuple(self._held.values()) if with_held else None
-        report = Report(self._gateway, tuple(self._started), tuple(self._finished), held)
+        report = Report(self._gateway, tuple(self._started), tuple(self._finished), tuple(self._outcomes), held)
         self._started.clear()
         self._finished.clear()
+        self._outcomes.clear()
         return report
 
     async def _send(self, report: Report) -> None:

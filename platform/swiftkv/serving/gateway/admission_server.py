@@ -3,12 +3,15 @@
 Holds no rule of its own (admission.py does) and imports no engine, so that it starts again within a second or two.
 What it knew is not stored: counters of the running minute begin anew, and places are told to it again by the
 gateways' heartbeats.
-Called by: gateway/app.py, which deploys it; gateways, through its handle.
+Called by: gateway/app.py, which deploys it; gateways and serving/rollout, through its handle.
 """
 
+import secrets
+import time
 from typing import Any
 
 from swiftkv.serving.gateway.admission import Admission
+from swiftkv.serving.gateway.outcomes import VersionCounts, VersionReport, add_outcomes
 from swiftkv.serving.gateway.settings import GatewaySettings
 from swiftkv.serving.gateway.tickets import Decision, Report, Ticket
 
@@ -18,6 +21,9 @@ class AdmissionServer:
 
     def __init__(self) -> None:
         self._admission: Admission | None = None
+        self._epoch = secrets.token_hex(8)
+        self._began_s = time.monotonic()
+        self._counts: dict[str, VersionCounts] = {}
 
     def reconfigure(self, settings: dict[str, Any]) -> None:
         """Serve's hook, called with the first settings and with every later change of them."""
@@ -35,7 +41,14 @@ class AdmissionServer:
     async def report(self, report: Report) -> None:
         """See `Admission.report`."""
         assert self._admission is not None
+        add_outcomes(self._counts, report.outcomes)
         await self._admission.report(report)
+
+    async def describe_versions(self) -> VersionReport:
+        """What became of all gateways' requests at each version, for whoever compares versions (serving/rollout)."""
+        assert self._admission is not None
+        in_flight = self._admission.count_in_flight()
+        return VersionReport(self._epoch, time.monotonic() - self._began_s, dict(self._counts), in_flight)
 
     async def describe(self) -> dict[str, dict[str, float | None]]:
         """See `Admission.describe`."""

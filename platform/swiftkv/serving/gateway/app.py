@@ -42,6 +42,7 @@ def build_gateway_app(settings: GatewaySettings) -> serve.Application:
         num_replicas=settings.num_replicas,
         max_ongoing_requests=settings.max_ongoing_requests,
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
+        graceful_shutdown_timeout_s=settings.limits.deadline_s,  # a replica that is replaced finishes its answers
         user_config=values,
         ray_actor_options={"num_cpus": 0},
     )
@@ -67,7 +68,7 @@ class GatewayServer:
         from swiftkv.serving.gateway.upstream import Upstream
 
         log_to_stderr()
-        upstream = Upstream(serve.get_app_handle)
+        upstream = Upstream(serve.get_app_handle, serve.get_replica_context().replica_id.to_full_id_str())
         self._gateway = Gateway(GatewaySettings.model_validate(settings), upstream, HandleAdmission(admission))
 
     async def __serve_build_asgi_app__(self) -> Any:

@@ -19,6 +19,9 @@ from swiftkv.serving.ingress import describe_error
 
 UNLOGGED = {"/health", "/ready"}
 
+APPLICATION_HEADER = "x-swiftkv-application"
+"""Of an answer: the version that gave it, as its Serve application is named."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -44,6 +47,8 @@ class Edge:
                 has_started = True
                 exchange.status = message["status"]
                 added = {"x-request-id": request_id, **exchange.headers}
+                if exchange.application:
+                    added[APPLICATION_HEADER] = exchange.application
                 message["headers"] = [
                     *message.get("headers", ()),
                     *((k.encode(), v.encode()) for k, v in added.items()),

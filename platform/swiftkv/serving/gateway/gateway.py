@@ -12,6 +12,7 @@ from typing import Any
 
 from swiftkv.serving.gateway.admission import Admission
 from swiftkv.serving.gateway.admission_client import AdmissionClient, SharedAdmission
+from swiftkv.serving.gateway.comparing import Comparer
 from swiftkv.serving.gateway.refusals import refuse
 from swiftkv.serving.gateway.settings import GatewaySettings
 from swiftkv.serving.gateway.tenants import Tenant, TenantDirectory
@@ -32,6 +33,7 @@ class Gateway:
         self._local = Admission(settings, share=1 / settings.num_replicas)
         self.name = secrets.token_hex(8)
         self.admission = AdmissionClient(self.name, self._local, shared, settings.lease_s)
+        self.comparer = Comparer(upstream, self.admission.note)
         self._began = int(time.time())
         self._looking = asyncio.Lock()
         self._looked_s = -READY_FOR_S

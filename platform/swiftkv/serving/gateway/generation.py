@@ -3,13 +3,15 @@
 The order is fixed: size, key, JSON, model, fields, quota, queue, version, answer. While it runs, the client is watched;
 when it leaves, the version's work is stopped.
 Called by: gateway/routes.py.
-Calls: gateway/connection.py, tenants.py, parsing.py, admission_client.py, upstream.py, relay.py, in that order.
+Calls: gateway/connection.py, tenants.py, parsing.py, admission_client.py, upstream.py, relay.py, comparing.py, in
+that order.
 """
 
 import asyncio
 import logging
 import math
 import secrets
+import time
 from contextlib import suppress
 from typing import Any
 
@@ -20,9 +22,10 @@ from vllm.entrypoints.generate.base.protocol import StreamOptions
 from swiftkv.serving.gateway.connection import ClientLeft, check_length, read_body, run_while_connected
 from swiftkv.serving.gateway.exchange import CLIENT_LEFT, Exchange, Usage
 from swiftkv.serving.gateway.gateway import Gateway
+from swiftkv.serving.gateway.outcomes import Outcome
 from swiftkv.serving.gateway.parsing import TOKENIZE, TOKENIZE_CHAT, Kind, measure, parse_json, parse_request
 from swiftkv.serving.gateway.refusals import Refusal, refuse
-from swiftkv.serving.gateway.relay import Stream, check_first, send_whole
+from swiftkv.serving.gateway.relay import Stream, send_whole
 from swiftkv.serving.gateway.settings import Limits
 from swiftkv.serving.gateway.tenants import PRIORITIES, Tenant
 from swiftkv.serving.gateway.tickets import Ticket
@@ -45,6 +48,8 @@ class Generation:
         self._exchange = exchange
         self._id = f"{exchange.request_id}-{secrets.token_hex(4)}"  # a client may use its own id twice at once
         self._stream: Stream | None = None
+        self._asked_s = 0.0
+        self._first_s: float | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Raises: Refusal, as long as nothing has been sent."""
@@ -74,8 +79,13 @@ class Generation:
                     await self._send(request, answer, keeps_usage, send)
                 finally:
                     answer.cancel()
+            self._note_outcome(is_failed=self._exchange.reason is not None)
+            if ticket.sequences == 1:
+                model = self._gateway.settings.models[self._exchange.model]
+                self._gateway.comparer.consider(model, self._kind.method, request)
         except Exception as error:
             refusal = _refuse_late(asked_s) if deadline.expired() else self._describe(error)
+            self._note_outcome(is_failed=True)
             if self._stream is None or not self._stream.is_open:
                 raise refusal from error
             with suppress(TimeoutError):
@@ -137,20 +147,41 @@ class Generation:
     async def _call(self, request: Any, deadline: asyncio.Timeout) -> Answer:
         passed_on = {"x-request-id": self._id, TIMEOUT_HEADER: f"{_left_s(deadline):.3f}"}
         model = self._gateway.settings.models[self._exchange.model]
-        call = self._gateway.upstream.call(model, self._exchange.request_id, self._kind.method, request, passed_on)
-        answer = await call
-        self._exchange.application = answer.application
-        return answer
+        return await self._gateway.upstream.call(
+            model, self._exchange.request_id, self._kind.method, request, passed_on, self._note_attempt
+        )
+
+    def _note_attempt(self, application: str) -> None:
+        """A version is asked: the one before it, if there was one, has failed."""
+        self._note_outcome(is_failed=True)
+        self._exchange.application = application
+        self._asked_s = time.monotonic()
+        self._gateway.admission.assign(self._id, application)
+
+    def _note_outcome(self, is_failed: bool) -> None:
+        application = self._exchange.application
+        if application is None or not self._kind.generates:
+            return
+        ttft_s = tpot_s = None
+        tokens, now = self._exchange.usage.completion, time.monotonic()
+        if is_failed:
+            pass
+        elif self._first_s is None:
+            tpot_s = (now - self._asked_s) / tokens if tokens else None
+        else:
+            ttft_s = self._first_s - self._asked_s
+            tpot_s = (now - self._first_s) / (tokens - 1) if tokens > 1 else None
+        self._gateway.admission.note(Outcome(application, is_failed, ttft_s, tpot_s))
 
     async def _send(self, request: Any, answer: Answer, keeps_usage: bool, send: Send) -> None:
-        first = check_first(answer.first)
         if self._kind.generates and request.stream:
             self._exchange.ttft_s = self._exchange.elapsed_s()
+            self._first_s = time.monotonic()
             self._gateway.admission.start(self._id)
             self._stream = Stream(self._exchange, answer, keeps_usage, send)
             await self._stream.relay()
         else:
-            await send_whole(self._exchange, first, send)
+            await send_whole(self._exchange, answer.whole, send)
             with suppress(StopAsyncIteration):
                 await answer.next()  # to its end: cancelled now, it would count as a client that left
 

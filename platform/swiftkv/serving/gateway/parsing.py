@@ -42,6 +42,9 @@ ENGINE_FIELDS = frozenset(
 )
 """vLLM's fields that reach into the engine: its transfers, its schedule, tensors and templates that it would run."""
 
+IGNORED_FIELDS = frozenset({"best_of", "functions", "function_call", "audio", "web_search_options"})
+"""OpenAI's, of which vLLM takes no notice: the answer would not be the one that was asked for. (best_of 1 is.)"""
+
 _INT64 = 2**63
 _LONG_NUMBER = re.compile(rb"\d{19}")
 
@@ -96,6 +99,9 @@ def parse_request(kind: Kind, values: dict[str, Any]) -> Any:
         if values[name] is not None:
             raise refuse(400, f"{name} cannot be set here; remove it.", "unsupported_parameter", name)
         del values[name]
+    for name in IGNORED_FIELDS & values.keys():
+        if values[name] not in (None, 1):
+            raise refuse(400, f"{name} is not supported here; remove it.", "unsupported_parameter", name)
     try:
         request = kind.request.validate_python(values)
         return _sanitize_chat_completion_request(request) if "messages" in values else request

@@ -9,15 +9,14 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from ray.llm._internal.serve.core.configs.openai_api_models import ErrorResponse
 from starlette.types import Send
 
+from swiftkv.serving.gateway.conform import write_answer, write_chunk, write_error
 from swiftkv.serving.gateway.exchange import Exchange, Usage
 from swiftkv.serving.gateway.refusals import Refusal, refuse
-from swiftkv.serving.gateway.upstream import Answer
+from swiftkv.serving.gateway.upstream import ERROR_EVENT, Answer
 
 DONE = "data: [DONE]"
-_ERROR = 'data: {"error"'
 _NO_CHOICES = '"choices":[]'
 _EVENT_STREAM = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
 _JSON = [(b"content-type", b"application/json")]
@@ -65,40 +64,25 @@ class Stream:
         for event in _split(item):
             if event.startswith(DONE):
                 self._is_done = True
-            elif event.startswith(_ERROR):
+            elif event.startswith(ERROR_EVENT):
                 self._is_done = True
                 self._exchange.reason = "engine_error"
+                event = write_error(event)
             elif _NO_CHOICES in event and (usage := _find_usage(event)):
                 self._exchange.usage = usage
                 if not self._keeps_usage:
                     continue
             else:
                 self.num_chunks += 1
+                event = write_chunk(event)
             yield event
-
-
-def check_first(item: Any) -> Any:
-    """The first item of an answer, out of its batch.
-
-    Raises: Refusal as the engine's server refuses.
-    """
-    first = item[0] if isinstance(item, list) else item
-    if isinstance(first, str) and first.startswith(_ERROR):
-        first = _read_error(first)
-    if not isinstance(first, ErrorResponse):
-        return first
-    error = first.error
-    code = "context_length_exceeded" if "maximum context length" in error.message else None
-    if error.code >= 500:
-        raise refuse(error.code, "the engine could not answer; its log has the details.", "engine_error")
-    raise refuse(error.code, error.message, code, error.param)
 
 
 async def send_whole(exchange: Exchange, response: Any, send: Send) -> None:
     """An answer in one piece."""
     if usage := getattr(response, "usage", None):
         exchange.usage = _read_usage(usage.model_dump())
-    body = response.model_dump_json().encode()
+    body = write_answer(response)
     length = (b"content-length", str(len(body)).encode())
     await send({"type": "http.response.start", "status": 200, "headers": [*_JSON, length]})
     await send({"type": "http.response.body", "body": body, "more_body": False})
@@ -116,13 +100,6 @@ def _split(item: Any) -> Iterator[str]:
 def _find_usage(event: str) -> Usage | None:
     values = json.loads(event.removeprefix("data: "))
     return None if values.get("choices") or not values.get("usage") else _read_usage(values["usage"])
-
-
-def _read_error(event: str) -> ErrorResponse | None:
-    try:
-        return ErrorResponse.model_validate_json(event.removeprefix("data: "))
-    except ValueError:
-        return None
 
 
 def _read_usage(values: dict[str, Any]) -> Usage:

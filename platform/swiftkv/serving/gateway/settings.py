@@ -42,11 +42,25 @@ class Capacity(StrictModel):
     """Requests of one tenant that wait. Per tenant, or one tenant's flood would take the places of all others."""
 
 
+class Comparison(StrictModel):
+    """Asking both versions of a model the same, to see how often they agree."""
+
+    frac: float = Field(gt=0, le=1)
+    """Part of the answered requests whose prompt both are asked in the background."""
+
+    tokens: int = Field(ge=1)
+    """Greedy tokens that both are asked for."""
+
+
 class ModelSettings(StrictModel):
     """One model that clients can name."""
 
-    routes: list[Route] = Field(min_length=1)
-    """Its versions. Which one a request goes to depends on its id alone, so a repeated id gets the same version."""
+    routes: list[Route] = Field(default=[])
+    """Its versions. Which one a request goes to depends on its id alone, so a repeated id gets the same version. Empty:
+    an application that follows an alias sets them (serving/rollout); until then the model answers 503."""
+
+    comparison: Comparison | None = None
+    """While two versions are compared. Set by that application too."""
 
     capacity: Capacity = Capacity()
     """Of the model, not of each version."""
@@ -56,7 +70,7 @@ class ModelSettings(StrictModel):
         names = [route.application for route in self.routes]
         if len(names) != len(set(names)):
             raise ValueError(f"an application is named twice in routes {names}; give each one weight")
-        if not any(route.weight for route in self.routes):
+        if names and not any(route.weight for route in self.routes):
             raise ValueError("every route has weight 0, so no request could be answered; raise one")
         return self
 

@@ -5,6 +5,8 @@ Called by: gateway/admission.py, gateway/admission_client.py, gateway/routes.py.
 
 from dataclasses import dataclass, field
 
+from swiftkv.serving.gateway.outcomes import Compared, Outcome
+
 
 @dataclass(frozen=True, slots=True)
 class Ticket:
@@ -64,6 +66,8 @@ class Held:
     ticket: Ticket
     has_started: bool
     """Its first token is out."""
+    application: str | None = None
+    """The version that was asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,5 +77,6 @@ class Report:
     gateway: str
     started: tuple[str, ...] = ()
     finished: tuple[Finished, ...] = ()
+    outcomes: tuple[Outcome | Compared, ...] = ()
     held: tuple[Held, ...] | None = None
     """All that it works on; None between two heartbeats. What admission does not know (it was restarted) it adopts."""

@@ -11,12 +11,17 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ray.exceptions import RayActorError
+from ray.llm._internal.serve.core.configs.openai_api_models import ErrorResponse
 from ray.llm._internal.serve.core.protocol import RawRequestInfo
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 
+from swiftkv.serving.callers import CALLER_HEADER
 from swiftkv.serving.gateway.edge import describe
 from swiftkv.serving.gateway.refusals import Refusal, refuse, say_when
 from swiftkv.serving.gateway.settings import ModelSettings, Route
+
+ERROR_EVENT = 'data: {"error"'
+"""How an error begins in a stream."""
 
 NUM_ATTEMPTS = 2
 ANSWER_TIMEOUT_S = 2.0
@@ -28,8 +33,11 @@ class Answer:
     """One call of a version, after its first item has come."""
 
     def __init__(self, application: str, first: Any, stream: Any) -> None:
+        """Raises: Refusal if the first item is one of the engine's server."""
         self.application = application
         self.first = first
+        self.whole = check_first(first)
+        """The answer, if it was not to be streamed."""
         self._stream = stream
         self._is_over = False
 
@@ -50,9 +58,11 @@ class Answer:
 class Upstream:
     """Handles of all applications that the routes name."""
 
-    def __init__(self, get_handle: Callable[[str], Any]) -> None:
-        """`get_handle` gives an application's handle, or raises RayServeException if it does not run."""
+    def __init__(self, get_handle: Callable[[str], Any], caller: str) -> None:
+        """`get_handle` gives an application's handle, or raises RayServeException if it does not run. `caller`: the
+        name of this process's actor, with whose death versions end its calls."""
         self._get_handle = get_handle
+        self._caller = caller
         self._handles: dict[str, Any] = {}
 
     def forget(self) -> None:
@@ -60,25 +70,45 @@ class Upstream:
         self._handles.clear()
 
     async def call(
-        self, model: ModelSettings, request_id: str, method: str, request: Any, headers: dict[str, str]
+        self,
+        model: ModelSettings,
+        request_id: str,
+        method: str,
+        request: Any,
+        headers: dict[str, str],
+        on_attempt: Callable[[str], None],
     ) -> Answer:
-        """The model's answer up to its first item.
+        """The model's answer up to its first item. `on_attempt` is told each application that is asked.
 
-        Raises: Refusal 503 if no version can be reached; what the version raises.
+        A version that fails is not asked again, but another is: a new one's faults are not for clients to bear.
+        Raises: Refusal 503 if no version can be reached; what the last version raises.
         """
+        if not model.routes:
+            raise refuse(503, "the model has no version yet; it is being set up.", "not_ready")
         applications = choose_applications(model.routes, request_id)
         # One version: it is asked twice, because another of its replicas may answer.
         attempts = (applications * NUM_ATTEMPTS)[: max(NUM_ATTEMPTS, len(applications))]
         lost: Exception | None = None
-        for application in attempts:
+        info = RawRequestInfo({**headers, CALLER_HEADER: self._caller})
+        for number, application in enumerate(attempts):
+            on_attempt(application)
             try:
-                return await self._call_one(application, method, request, RawRequestInfo(headers))
+                return await self._call_one(application, method, request, info)
             except (RayActorError, DeploymentUnavailableError, _NotThere) as error:
                 self._handles.pop(application, None)
                 logger.warning("request %s: application %s was lost: %s", request_id, application, type(error).__name__)
                 lost = error
+            except Exception as error:
+                if set(attempts[number + 1 :]) <= {application} or describe_failure(error).status < 500:
+                    raise
+                logger.warning("request %s: application %s failed: %s", request_id, application, type(error).__name__)
         assert lost is not None
         raise describe_failure(lost) from lost
+
+    async def ask(self, application: str, method: str, request: Any, headers: dict[str, str]) -> Answer:
+        """One version's answer up to its first item. Raises: what the version raises."""
+        info = RawRequestInfo({**headers, CALLER_HEADER: self._caller})
+        return await self._call_one(application, method, request, info)
 
     async def answers(self, model: ModelSettings) -> bool:
         """Whether a version of the model is healthy now."""
@@ -109,6 +139,30 @@ class Upstream:
             except RayServeException as error:
                 raise _NotThere(str(error)) from None
         return self._handles[application]
+
+
+def check_first(item: Any) -> Any:
+    """The first item of an answer, out of its batch.
+
+    Raises: Refusal as the engine's server refuses.
+    """
+    first = item[0] if isinstance(item, list) else item
+    if isinstance(first, str) and first.startswith(ERROR_EVENT):
+        first = _read_error(first)
+    if not isinstance(first, ErrorResponse):
+        return first
+    error = first.error
+    code = "context_length_exceeded" if "maximum context length" in error.message else None
+    if error.code >= 500:
+        raise refuse(error.code, "the engine could not answer; its log has the details.", "engine_error")
+    raise refuse(error.code, error.message, code, error.param)
+
+
+def _read_error(event: str) -> ErrorResponse | None:
+    try:
+        return ErrorResponse.model_validate_json(event.removeprefix("data: "))
+    except ValueError:
+        return None
 
 
 class _NotThere(Exception):

@@ -1,13 +1,14 @@
 """Grows a pool at once and shrinks it late: hysteresis, delays, and KV that somebody is yet to pull.
 
-A pool shrinks only if fewer replicas met the targets with some more demand than there is, for the whole of a delay, and
-then to the most that was needed meanwhile.
+A pool shrinks only if fewer replicas met the targets with some more demand than there is, to the most that was needed
+at any time within a delay.
 Called by: serving/policy/decision.py.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from swiftkv.serving.policy.memory import Hold
+from swiftkv.serving.policy.memory import PastNeed
 from swiftkv.serving.policy.observation import PoolState, Replica
 from swiftkv.serving.policy.settings import PolicySettings
 
@@ -27,23 +28,18 @@ class Damped:
     """What becomes of a need."""
 
     replicas: int
-    hold: Hold | None
-    """The delay that runs, if the pool might shrink."""
+    needs: list[PastNeed]
+    """To remember."""
 
 
-def damp(need: Need, current: int, hold: Hold | None, now_s: float, may_shrink: bool, delay_s: float) -> Damped:
-    """The size after hysteresis and delay. Where it may not shrink, the delay begins anew."""
-    if need.up > current:
-        return Damped(need.up, None)
-    if need.down >= current or not may_shrink:
-        return Damped(current, None)
-    if hold is None:
-        hold = Hold(since_s=now_s, ceiling=need.down)
-    elif need.down > hold.ceiling:
-        hold = Hold(since_s=hold.since_s, ceiling=need.down)
-    if now_s - hold.since_s < delay_s:
-        return Damped(current, hold)
-    return Damped(min(hold.ceiling, current), hold)
+def damp(need: Need, current: int, past: Sequence[PastNeed], now_s: float, may_shrink: bool, delay_s: float) -> Damped:
+    """The size after hysteresis and delay. A pool of which nothing is remembered, or that may not shrink, counts as
+    needed whole."""
+    down = need.down if may_shrink else max(need.down, current)
+    past = past or [PastNeed(at_s=now_s, replicas=max(down, current))]
+    recent = [entry for entry in past if now_s - entry.at_s < delay_s and entry.replicas > down]
+    needs = [*recent, PastNeed(at_s=now_s, replicas=down)]
+    return Damped(max(need.up, min(needs[0].replicas, current)), needs)
 
 
 def find_drainable(pool: PoolState, settings: PolicySettings) -> tuple[str, ...]:

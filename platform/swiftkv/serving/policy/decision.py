@@ -12,7 +12,7 @@ from typing import Any
 from swiftkv.serving.policy.budget import Claim, divide
 from swiftkv.serving.policy.damping import Damped, Need, count_drainable, damp, find_drainable
 from swiftkv.serving.policy.decode import predict_tpot_s
-from swiftkv.serving.policy.memory import Hold, Memory
+from swiftkv.serving.policy.memory import Memory
 from swiftkv.serving.policy.needs import need_decode, need_prefill
 from swiftkv.serving.policy.observation import Observation
 from swiftkv.serving.policy.prefill import predict_ttft_s
@@ -90,7 +90,7 @@ def decide(observation: Observation, settings: PolicySettings, memory: Memory) -
         predicted_tpot_s=predict_tpot_s(situation.decode_load, situation.costs, sizes["decode"], percentile),
         reasons=tuple(reasons.found),
         inputs=_describe(situation, may_drain),
-        memory=_remember(situation, damped, sizes),
+        memory=_remember(situation, damped),
     )
 
 
@@ -99,13 +99,14 @@ def _damp(situation: Situation, reasons: Reasons, memory: Memory, pool: Pool, ne
     current = min(max(situation.observation.pool(pool).target, limits.min_replicas), limits.max_replicas)
     may_shrink = situation.may_shrink(pool)
     delay_s = 0.0 if situation.is_idle(pool) else settings.scale_down_delay_s
-    damped = damp(need, current, memory.holds.get(pool), situation.now_s, may_shrink, delay_s)
+    damped = damp(need, current, memory.needs.get(pool, ()), situation.now_s, may_shrink, delay_s)
     if not may_shrink:
         silent = situation.num_stale[pool] or situation.num_stale["decode"]
         reasons.say("stale", pool, f"{silent} running replicas did not report; nothing shrinks")
-    elif damped.hold is not None and damped.replicas == current:
-        held_s = situation.now_s - damped.hold.since_s
-        reasons.say("hold", pool, f"{damped.hold.ceiling} replicas would do since {held_s:.0f} s")
+    elif need.down < damped.replicas == current:
+        needed = damped.needs[0]
+        ago_s = situation.now_s - needed.at_s
+        reasons.say("hold", pool, f"{need.down} replicas would do; {needed.replicas} were needed {ago_s:.0f} s ago")
     return damped
 
 
@@ -149,19 +150,13 @@ def _wait_for_devices(situation: Situation, sizes: dict[Pool, int]) -> None:
             missing -= taken * devices[pool]
 
 
-def _remember(situation: Situation, damped: dict[Pool, Damped], sizes: dict[Pool, int]) -> Memory:
-    holds: dict[str, Hold] = {}
-    for pool in POOLS:
-        hold, target = damped[pool].hold, situation.observation.pool(pool).target
-        # After a step down the next one waits again; one that was refused is tried again at once.
-        if hold is not None and not (sizes[pool] < target and sizes[pool] <= damped[pool].replicas):
-            holds[pool] = hold
+def _remember(situation: Situation, damped: dict[Pool, Damped]) -> Memory:
     return Memory(
         windows=situation.windows,
         prefill_scale=situation.prefill_scale,
         decode_scale=situation.decode_scale,
         updated_s=situation.now_s,
-        holds=holds,
+        needs={pool: damped[pool].needs for pool in POOLS},
         traffic_s=dict(situation.traffic_s.items()),
     )
 

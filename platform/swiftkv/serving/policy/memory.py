@@ -1,4 +1,4 @@
-"""What the policy remembers between decisions: past windows of arrivals, corrections of the costs, running delays.
+"""What the policy remembers between decisions: past windows of arrivals, corrections of the costs, past needs.
 
 Plain JSON when dumped, because Ray keeps it as a dictionary.
 Called by: serving/policy/decision.py and what it calls; serving/autoscaling.py keeps it.
@@ -18,12 +18,11 @@ class Window(StrictModel):
     """As `Lengths.to_json` writes them."""
 
 
-class Hold(StrictModel):
-    """A pool for which less would do."""
+class PastNeed(StrictModel):
+    """What a pool needed, with hysteresis."""
 
-    since_s: float
-    ceiling: int
-    """The most that was needed since then."""
+    at_s: float
+    replicas: int
 
 
 class Memory(StrictModel):
@@ -41,8 +40,8 @@ class Memory(StrictModel):
     updated_s: float | None = None
     """When the last decision was taken."""
 
-    holds: dict[str, Hold] = Field(default_factory=dict)
-    """By pool."""
+    needs: dict[str, list[PastNeed]] = Field(default_factory=dict)
+    """By pool: those of the delay before a pool shrinks that no later one exceeds, so the first is the largest."""
 
     traffic_s: dict[str, float] = Field(default_factory=dict)
     """By pool, when something was last seen to need it."""
