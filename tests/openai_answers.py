@@ -31,7 +31,13 @@ ANSWER = {
 }
 FORMAT = {"type": "json_schema", "json_schema": {"name": "answer", "schema": ANSWER, "strict": True}}
 TOOL = {"type": "function", "function": {"name": "look", "description": "Looks.", "parameters": ANSWER}}
-CALL_LOOK = {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "look"}}, "max_tokens": 40}
+NO_SPACE = {"logit_bias": {str(byte): -100 for byte in b" \t\n\r"}}
+"""A random model would go on with white space for ever where a grammar allows it."""
+CALL_LOOK = NO_SPACE | {
+    "tools": [TOOL],
+    "tool_choice": {"type": "function", "function": {"name": "look"}},
+    "max_tokens": 40,
+}
 
 
 def ask(client: openai.OpenAI, path: str, body: dict[str, Any]) -> dict[str, Any]:
@@ -140,7 +146,8 @@ def check_logprobs(client: openai.OpenAI, folder: Path) -> None:
     expected = compute_log_probs(*load_weights(folder), IDS, choice["token_ids"])
     given = choice["logprobs"]["token_logprobs"]
     assert given == pytest.approx([float(row.max()) for row in expected], abs=2e-3)
-    assert [len(top) for top in choice["logprobs"]["top_logprobs"]] == [2] * 6
+    # By text, which two bytes that are no character share; the token itself is there in any case.
+    assert all(1 <= len(top) <= 3 for top in choice["logprobs"]["top_logprobs"])
     streamed = [
         value
         for chunk in stream(client, "completions", body)
@@ -166,7 +173,7 @@ def check_chat_logprobs(client: openai.OpenAI, folder: Path) -> None:
 
 
 def check_json_schema(client: openai.OpenAI, folder: Path) -> None:
-    body = CHAT | {"response_format": FORMAT, "max_tokens": 60}
+    body = CHAT | NO_SPACE | {"response_format": FORMAT, "max_tokens": 60}
     content = ask(client, "chat/completions", body)["choices"][0]["message"]["content"]
     assert json.loads(content)["size"] in (1, 2)
     assert join(stream(client, "chat/completions", body)) == content

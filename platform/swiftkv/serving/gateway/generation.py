@@ -181,9 +181,9 @@ class Generation:
             self._stream = Stream(self._exchange, answer, keeps_usage, send)
             await self._stream.relay()
         else:
-            await send_whole(self._exchange, answer.whole, send)
             with suppress(StopAsyncIteration):
-                await answer.next()  # to its end: cancelled now, it would count as a client that left
+                await answer.next()  # to its end: cancelled later, it would count as a client that left
+            await send_whole(self._exchange, answer.whole, send)
 
     def _describe(self, error: Exception) -> Refusal:
         refusal = error if isinstance(error, Refusal) else describe_failure(error)

@@ -2,12 +2,20 @@
 and a decode pool knows one prefill pool, its own."""
 
 import pytest
+import ray
 from fakes import TinyShape, write_student
 
 from swiftkv.registry.registry import Registry
 from swiftkv.serving.config import PairSettings
 from swiftkv.serving.pools import build_pair
 from swiftkv.serving.source import resolve_model
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _ray():
+    """Ray starts by itself when a deployment is built; no other test may find it running."""
+    yield
+    ray.shutdown()
 
 
 @pytest.fixture
