@@ -249,7 +249,9 @@ def test_good_version_gets_a_share_then_everything_and_the_old_one_goes(world):
     world.wait_until_only("tiny@2")
 
 
-@pytest.mark.parametrize("reason", ["error_rate", "ttft", "agreement"])
+@pytest.mark.parametrize(
+    "reason", ["error_rate", *(pytest.param(name, marks=pytest.mark.soak) for name in ("ttft", "agreement"))]
+)
 def test_bad_version_is_dropped_and_not_tried_again(world, reason):
     version = world.release()
     rejected = world.wait_for_event("rejected", version)
@@ -259,6 +261,7 @@ def test_bad_version_is_dropped_and_not_tried_again(world, reason):
     world.wait_until_only("tiny@2")
 
 
+@pytest.mark.soak
 def test_killed_rollout_goes_on_where_it_was(world):
     version = world.release()
     world.wait_for_event("starting", version)

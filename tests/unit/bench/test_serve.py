@@ -4,6 +4,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from swiftkv.bench.serve.flood import Flood
+from swiftkv.bench.serve.run import Plan
 from swiftkv.bench.serve.servers import list_options
 from swiftkv.bench.serve.tokens import Expected, count_differences, draw_prompts
 from swiftkv.engine.settings import EngineSettings
@@ -41,3 +42,9 @@ def test_settings_mean_the_same_on_vllm_s_command_line(tmp_path):
             assert (found.kv_connector, found.kv_role) == (value["kv_connector"], value["kv_role"])
         else:
             assert found == value, name
+
+
+def test_a_plan_has_one_core_for_each_engine_that_is_compared():
+    settings = Plan().settings
+    assert settings.cpu_cores == "0"
+    assert not settings.enable_prefix_caching  # a prompt of the second round must cost what it cost in the first

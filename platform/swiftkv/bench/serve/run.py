@@ -30,7 +30,7 @@ class Plan:
     shape: ModelShape = LAPTOP_SHAPE
     """Of the model whose speed is measured."""
     pairs: int = 7
-    flood: flood.Flood = field(default_factory=flood.Flood)
+    flood_load: flood.Flood = field(default_factory=flood.Flood)
     flood_pairs: int = 3
     sharing: tenants.Sharing = field(default_factory=tenants.Sharing)
     sharing_pairs: int = 3
@@ -113,14 +113,14 @@ class ServeBench:
         """The best chunk size first; then one engine with it and two pools, both up, in turns."""
         plan, model = self.plan, self._write_model(self.plan.shape)
         one = plan.settings.model_copy(update={"cpu_cores": "0,1", "max_num_seqs": 32})
-        tried = flood.try_chunk_sizes(model, one, plan.flood, self.on_stage)
+        tried = flood.try_chunk_sizes(model, one, plan.flood_load, self.on_stage)
         best = min(tried, key=lambda size: tried[size].chat_tpot_p99_s)
         self.figures["flood_by_chunk_size"] = {size: asdict(outcome) for size, outcome in tried.items()}
         self.figures["flood_best_chunk_size"] = best
         one = one.model_copy(update={"max_num_batched_tokens": best})
         with run_bare_server(model, one) as one_url, run_platform(self.on_stage) as platform:
             pair_url = flood.deploy_pair(platform, model, one)
-            sides = [flood.seeded(url, plan.flood) for url in (one_url, pair_url)]
+            sides = [flood.seeded(url, plan.flood_load) for url in (one_url, pair_url)]
             outcomes = take_turns(sides, plan.flood_pairs, self.on_stage, "flood")
         for who, values in zip(("one_engine", "two_pools"), outcomes, strict=True):
             self.figures[f"flood_{who}"] = [asdict(outcome) for outcome in values]
