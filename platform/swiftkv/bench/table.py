@@ -131,4 +131,6 @@ def draw(results: Sequence[Result], title: str, path: Path) -> None:
 def _compute_margin(row: Row, value: float) -> float:
     """Percent by which a ratio is on the good side of the row's bound."""
     assert row.bound is not None
+    if not row.bound:  # nothing may be counted: a percent for each
+        return value if row.is_least else -value
     return 100 * (value / row.bound - 1 if row.is_least else 1 - value / row.bound)

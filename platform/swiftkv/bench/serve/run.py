@@ -11,6 +11,7 @@ from typing import Any, Literal
 from swiftkv.bench.byte_tokenizer import write_tokenizer
 from swiftkv.bench.models import EIGHT_LAYER_SHAPE, LAPTOP_SHAPE, NARROW_8B_SHAPE, write_random_models
 from swiftkv.bench.pairs import OnStage, describe_processor, take_turns
+from swiftkv.bench.policy import time_decision
 from swiftkv.bench.ratios import compute_ratio, summarise_values
 from swiftkv.bench.serve import flood, overhead, tenants, tokens, weights
 from swiftkv.bench.serve.rows import ROW_BY_NAME
@@ -70,6 +71,11 @@ class ServeBench:
             results.append(self.measure_flood())
         if "tenants" in names:
             results.append(self.measure_tenants())
+        if "policy" in names:
+            took_ms = 1e3 * time_decision(1000)
+            results.append(
+                Result(ROW_BY_NAME["policy"], summarise_values([took_ms]), "1,000 replicas", f"{took_ms:.2f} ms")
+            )
         if "prefill-weights" in names:
             results.append(self.weigh_prefill())
         return results
