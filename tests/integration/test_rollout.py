@@ -1,7 +1,7 @@
 """A rollout on a real Ray Serve cluster: gateway with two replicas, a real registry, stand-ins where engines would be.
 
-One cluster serves every test, under one load from the first to the last of which no request may fail. The tests build
-on each other: each moves the alias once more.
+One cluster serves every test, under one load from the first to the last of which no request may fail. Each test
+moves the alias once more, from whichever version the tests before it left.
 """
 
 import asyncio
@@ -20,8 +20,8 @@ from fakes import TinyShape, write_student
 pytestmark = pytest.mark.cluster
 
 HERE = Path(__file__).parent
-BEHAVIOURS = {"3": "fails", "4": "slow", "5": "disagrees"}
-"""What is wrong with versions; the others are good."""
+BEHAVIOURS = {"error_rate": "fails", "ttft": "slow", "agreement": "disagrees"}
+"""What a version does that is rejected for a reason."""
 SHARE = 0.3
 MIN_REQUESTS = 40
 
@@ -67,7 +67,8 @@ def build_stand_in(arguments):
     """What the rollout's template names. Only the cluster calls it."""
     from ray import serve
 
-    behaviour = BEHAVIOURS.get(arguments["model"].partition("@")[2], "good")
+    behaviours = json.loads(Path(os.environ["STAND_IN_BEHAVIOURS"]).read_text())
+    behaviour = behaviours.get(arguments["model"].partition("@")[2], "good")
     options = {"num_cpus": 0}
     return serve.deployment(StandIn, name="version", max_ongoing_requests=1000, ray_actor_options=options).bind(
         behaviour
@@ -122,14 +123,30 @@ class World:
         self.registry = Registry(home / "registry")
         self.url = url
         self._folder = folder
+        self._behaviours = {}
         self.load = None
 
-    def release(self, damage=lambda version: None):
+    @property
+    def behaviours_file(self):
+        """Tells the stand-ins of each version what they do."""
+        return self.home / "behaviours.json"
+
+    def release(self, behaviour="good", damage=lambda version: None):
         """Publishes the next version and moves the alias to it; its number. `damage` is done before."""
         version = self.registry.publish(self._folder, "tiny").version
+        self._behaviours[version] = behaviour
+        self.behaviours_file.write_text(json.dumps(self._behaviours))
         damage(version)
         self.registry.set_alias("tiny", "production", version)
         return version
+
+    def find_serving(self):
+        """The one version that has an application."""
+        (application,) = self.find_versions()
+        return application.partition("@")[2]
+
+    def find_versions(self):
+        return {name for name in self.client.get_serve_details()["applications"] if "@" in name}
 
     def read_events(self, version):
         """What the rollout wrote of a version, by event."""
@@ -148,10 +165,11 @@ class World:
     def describe(self):
         return json.dumps(self.client.get_serve_details()["applications"], indent=1)[:20000]
 
-    def wait_until_only(self, application):
+    def wait_until_only(self, version):
         """Until no other version has an application, and it has answered everything since."""
+        application = f"tiny@{version}"
         ends_s = time.monotonic() + 60
-        while {name for name in self.client.get_serve_details()["applications"] if "@" in name} != {application}:
+        while self.find_versions() != {application}:
             assert time.monotonic() < ends_s, self.describe()
             time.sleep(0.2)
         self.take_whole()
@@ -186,7 +204,7 @@ def world(tmp_path_factory):
             client = ServeSubmissionClient(cluster.dashboard_url, headers=cluster.headers())
             world = World(client, cluster, home, folder, f"http://127.0.0.1:{port}")
             version = world.release()
-            client.deploy_applications(build_config(port))
+            client.deploy_applications(build_config(port, world.behaviours_file))
             world.wait_for_event("switched", version, timeout_s=180)
             wait_until_ready(world)
             world.load = Load(world.url)
@@ -197,12 +215,14 @@ def world(tmp_path_factory):
             stop_cluster(cluster)
 
 
-def build_config(port):
+def build_config(port, behaviours_file):
     rollout = {
         "model": "tiny",
         "version": {
             "import_path": "test_rollout:build_stand_in",
-            "runtime_env": {"env_vars": {"PYTHONPATH": f"{HERE}:{HERE.parent}"}},
+            "runtime_env": {
+                "env_vars": {"PYTHONPATH": f"{HERE}:{HERE.parent}", "STAND_IN_BEHAVIOURS": str(behaviours_file)}
+            },
         },
         "share_frac": SHARE,
         "min_requests": MIN_REQUESTS,
@@ -236,33 +256,36 @@ def wait_until_ready(world):
 
 
 def test_good_version_gets_a_share_then_everything_and_the_old_one_goes(world):
+    old = world.find_serving()
     version = world.release()
     world.wait_for_event("canary", version)
     world.take_whole()
     switched = world.wait_for_event("switched", version)
-    assert (switched["reason"], switched["replaced"]) == ("good", "1")
+    assert (switched["reason"], switched["replaced"]) == ("good", old)
     counts = world.take_whole()
-    share = counts["tiny@2"] / counts.total()
+    share = counts[f"tiny@{version}"] / counts.total()
     print(f"while it was watched: {dict(counts)}; {switched['figures']}")
     assert 0.1 < share < 0.6
-    world.wait_for_event("removed", "1")
-    world.wait_until_only("tiny@2")
+    world.wait_for_event("removed", old)
+    world.wait_until_only(version)
 
 
 @pytest.mark.parametrize(
     "reason", ["error_rate", *(pytest.param(name, marks=pytest.mark.soak) for name in ("ttft", "agreement"))]
 )
 def test_bad_version_is_dropped_and_not_tried_again(world, reason):
-    version = world.release()
+    kept = world.find_serving()
+    version = world.release(BEHAVIOURS[reason])
     rejected = world.wait_for_event("rejected", version)
     print(rejected)
     assert rejected["reason"] == reason
     world.wait_for_event("removed", version)
-    world.wait_until_only("tiny@2")
+    world.wait_until_only(kept)
 
 
 @pytest.mark.soak
 def test_killed_rollout_goes_on_where_it_was(world):
+    old = world.find_serving()
     version = world.release()
     world.wait_for_event("starting", version)
     first = world.find_pid()
@@ -275,8 +298,8 @@ def test_killed_rollout_goes_on_where_it_was(world):
     third = world.find_pid()
     assert third != second
     os.kill(third, signal.SIGKILL)
-    world.wait_for_event("removed", "2")
-    world.wait_until_only("tiny@6")
+    world.wait_for_event("removed", old)
+    world.wait_until_only(version)
 
 
 def test_version_whose_manifest_is_damaged_is_never_started(world):
@@ -284,18 +307,20 @@ def test_version_whose_manifest_is_damaged_is_never_started(world):
         path = world.home / "registry" / "models" / "tiny" / "versions" / version / "manifest.json"
         path.write_text(path.read_text().replace("sha256", "sha255"))
 
-    version = world.release(damage)
+    kept = world.find_serving()
+    version = world.release(damage=damage)
     rejected = world.wait_for_event("rejected", version)
     assert rejected["reason"] == "verify"
     assert "manifest" in rejected["message"]
-    world.wait_until_only("tiny@6")
+    world.wait_until_only(kept)
     assert "starting" not in world.read_events(version)
 
 
 def test_alias_that_moves_back_ends_the_rollout(world):
+    kept = world.find_serving()
     version = world.release()
     world.wait_for_event("canary", version)
-    world.registry.set_alias("tiny", "production", "6")
+    world.registry.set_alias("tiny", "production", kept)
     world.wait_for_event("removed", version)
     assert world.read_events(version).keys() == {"starting", "canary", "abandoned", "removed"}
-    world.wait_until_only("tiny@6")
+    world.wait_until_only(kept)

@@ -17,12 +17,14 @@ MARK = "SWIFTKV_CLUSTER_FOLDER"
 """The environment variable that every process of a cluster inherits."""
 
 GRACE_S = 3.0
+CLEANING_S = 20.0
+"""For Python's resource trackers, which take seconds on a machine that others keep busy."""
 
 Result = TypeVar("Result")
 
 
 def end_processes(leader: int, mark: str) -> list[psutil.Process]:
-    """Ends all processes of the cluster within about 5 s; returns those that it could not end.
+    """Ends all processes of the cluster, mostly within 5 s; returns those that it could not end.
 
     They are killed: none has anything to save that a kill would lose, and asked to end, an engine takes longer
     than anyone waits. Ray's servers go first, or they would start their workers again and kill the cleaners.
@@ -36,6 +38,7 @@ def end_processes(leader: int, mark: str) -> list[psutil.Process]:
         if process.pid != leader and not _is_resource_tracker(process):
             _quietly(process.kill)
     psutil.wait_procs(everything, timeout=GRACE_S)
+    psutil.wait_procs([process for process in everything if _is_resource_tracker(process)], timeout=CLEANING_S)
     return _kill_the_rest(leader, mark)
 
 
