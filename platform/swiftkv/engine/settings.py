@@ -114,6 +114,7 @@ class EngineSettings(StrictModel):
         if self.kv_transfer != "none":
             arguments["kv_transfer_config"] = {
                 "kv_connector": "NixlConnector",
+                "kv_connector_module_path": "swiftkv.engine.nixl",
                 "kv_role": f"kv_{self.kv_transfer}",
                 "kv_load_failure_policy": "recompute",  # a prompt whose KV was lost on the way is computed here
                 "kv_connector_extra_config": {"kv_lease_duration": self.kv_lease_s},
