@@ -5,6 +5,7 @@ that Serve reports.
 """
 
 import concurrent.futures
+import os
 import random
 import signal
 import time
@@ -160,6 +161,23 @@ def test_prompts_went_where_they_should(cluster, client):
     assert read_counter(cluster, "swiftkv_hop_prompts_total", way="local") >= 1
     assert read_counter(cluster, "swiftkv_hop_failures_total") == 0
     assert read_counter(cluster, "vllm_nixl_bytes_transferred_sum") > 0
+
+
+def test_each_engine_has_its_own_core_and_leaves_it_when_it_has_nothing_to_do(cluster, client):
+    engines = {
+        engine: core
+        for prefix, core in (("Prefill:", 0), ("Decode:", 1))
+        for pid in find_replicas(cluster, prefix)
+        for engine in psutil.Process(pid).children(recursive=True)
+        if "EngineCore" in engine.name() or "EngineCore" in " ".join(engine.cmdline())
+    }
+    assert len(engines) == 3
+    for engine, core in engines.items():
+        assert os.sched_getaffinity(engine.pid) == {core}
+        assert engine.children() == []
+    before = {engine: sum(engine.cpu_times()[:2]) for engine in engines}
+    time.sleep(5)
+    assert all(sum(engine.cpu_times()[:2]) - before[engine] < 0.5 for engine in engines)  # a tenth
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,9 @@ START_TIMEOUT_S = 90.0
 # Unix socket paths end at 107 bytes and Ray and HAProxy put up to 72 of their own below the folder.
 _MAX_TEMPORARY_FOLDER_BYTES = 22
 
+# A request passes three replicas and would change threads several times in each. Nothing of ours blocks the loop.
+_ONE_LOOP = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0", "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0"}
+
 # Ray reads this on Linux too: when off, it leaves loopback addresses as they are instead of replacing them by
 # the machine's own, and every server of the cluster binds to 127.0.0.1 (Ray 2.60).
 _LOOPBACK_ONLY = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
@@ -69,6 +72,7 @@ class Cluster(StrictModel):
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(self.token_path),
             **_LOOPBACK_ONLY,
+            **_ONE_LOOP,
         }
 
 
@@ -203,6 +207,7 @@ def _head_environment(folder: Path, ports: list[int]) -> dict[str, str]:
             "PYTHONUNBUFFERED": "1",
             **haproxy.prepare_haproxy(folder, ports[10:]),
             **_LOOPBACK_ONLY,
+            **_ONE_LOOP,
         }
     )
 

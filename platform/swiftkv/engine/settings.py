@@ -56,10 +56,10 @@ class EngineSettings(StrictModel):
     together, so that the KV cache gets the rest. 0.9 is usual. None: kv_cache_gib says what the KV cache gets."""
     block_size: int | None = Field(default=None, ge=1)
     """Tokens in one block of the KV cache; None takes vLLM's (128 on CPUs; on GPUs its attention kernel's)."""
-    cpu_cores: str | None = None
-    """Cores that the engine computes on, such as "0" or "0-1"; None leaves it to vLLM, which keeps one core for its
-    own processes. (With both of two cores a model of 400 M parameters is 1.8 times faster, one of 5 M decodes slower;
-    jobs/LOG.md.)"""
+    cpu_cores: str | None = Field(default=None, pattern=r"^\d+(-\d+)?([,|]\d+(-\d+)?)*$")
+    """Cores that the engine computes on, such as "0" or "0-1", or with `tensor_parallel_size` 2 "0|1"; None leaves it
+    to vLLM, which keeps one core for its own processes. (With both of two cores a model of 400 M parameters is 1.8
+    times faster, one of 5 M decodes slower; jobs/LOG.md.)"""
     kv_cache_dtype: Literal["auto", "fp8"] = "auto"
     """Of the KV cache; auto takes that of the weights, or what a quantised checkpoint names."""
     tensor_parallel_size: int = Field(default=1, ge=1)

@@ -4,7 +4,7 @@ Ray Serve LLM's decode server passes a failed prefill on to the client; this one
 a prefill pool that is empty, cold or broken makes answers slower and never takes them away. Generates nothing itself:
 both engines are vLLM's, and KV moves between them by NIXL.
 Called by: Ray Serve, as built in serving/pools.py.
-Calls: serving/hop.py, serving/workload.py, serving/callers.py, Ray Serve LLM's decode server.
+Calls: serving/hop.py, serving/workload.py, serving/callers.py, serving/engine.py, Ray Serve LLM's decode server.
 """
 
 import asyncio
@@ -24,6 +24,7 @@ from swiftkv.engine.side_channel import choose_side_channel
 from swiftkv.metrics import count, record
 from swiftkv.serving.callers import Callers
 from swiftkv.serving.config import HopSettings
+from swiftkv.serving.engine import PoolEngine
 from swiftkv.serving.hop import HopCosts, SeenPrefixes, name_beginning
 from swiftkv.serving.prompts import BYTES_PER_TOKEN, count_sequences, estimate_tokens, leave_only_prompt, read_prompt
 from swiftkv.serving.tokenizing import Tokenizing
@@ -58,7 +59,7 @@ class DecodeServer(Tokenizing, PDDecodeServer):
         self._workload = DecodeWorkload(kv_capacity_tokens)
         self._callers = Callers()
         os.environ.update(choose_side_channel(ray.util.get_node_ip_address()))  # see PrefillServer
-        await super().__init__(llm_config, prefill_server=prefill_server, **others)
+        await super().__init__(llm_config, prefill_server=prefill_server, engine_cls=PoolEngine, **others)
 
     async def _pd_handle_request(self, request: Any, raw_request_info: Any = None) -> AsyncGenerator[Any, None]:
         """The answer's chunks. Overrides the one place where Ray's server joins both pools."""

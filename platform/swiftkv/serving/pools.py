@@ -14,6 +14,7 @@ from ray import serve
 from ray.serve.llm import LLMConfig, build_llm_deployment
 
 from swiftkv.config import home
+from swiftkv.engine import one_process
 from swiftkv.engine.settings import EngineSettings
 from swiftkv.serving.config import PairedPool, PairSettings, PoolSettings
 from swiftkv.serving.decode import DecodeServer
@@ -121,7 +122,9 @@ def _build_llm_config(
             "bundles": build_bundles(pool.hardware, pool.num_cpus, engine.tensor_parallel_size),
             "strategy": "STRICT_PACK",
         },
-        engine_kwargs=engine.build_engine_arguments() | _build_frontend_arguments(settings),
+        engine_kwargs=engine.build_engine_arguments()
+        | _build_frontend_arguments(settings)
+        | (one_process.build_arguments() if _count_threads(engine, pool.hardware, max_replicas) else {}),
         runtime_env={"env_vars": build_environment(engine, pool.hardware, max_replicas)},
         deployment_config={
             **replicas,
@@ -146,13 +149,21 @@ def _build_frontend_arguments(settings: PoolSettings | PairSettings) -> dict[str
 def build_environment(engine: EngineSettings, hardware: str, max_replicas: int) -> dict[str, str]:
     """Environment of the replicas' processes."""
     environment = {
-        **engine.build_environment(),
         "VLLM_CACHE_ROOT": str(home() / "cache" / "vllm"),
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",  # the model is a local folder; nothing may be looked for elsewhere
     }
-    if hardware == CPU and max_replicas > 1 and engine.cpu_cores is None:
-        # Each replica would bind to the same cores.
-        num_threads = max(1, len(os.sched_getaffinity(0)) // max_replicas)
-        environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(num_threads)}
-    return environment
+    num_threads = _count_threads(engine, hardware, max_replicas)
+    if num_threads:
+        return environment | one_process.build_environment(num_threads, engine.cpu_cores)
+    return environment | engine.build_environment()
+
+
+def _count_threads(engine: EngineSettings, hardware: str, max_replicas: int) -> int:
+    """With how many threads the engine runs in one process; 0: it does not, and vLLM chooses."""
+    if hardware != CPU or not one_process.is_possible(engine):
+        return 0
+    if engine.cpu_cores is not None:
+        return len(one_process.list_cores(engine.cpu_cores))
+    # vLLM would bind each replica to the same cores.
+    return max(1, len(os.sched_getaffinity(0)) // max_replicas) if max_replicas > 1 else 0

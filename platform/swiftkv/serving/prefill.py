@@ -1,6 +1,6 @@
 """The prefill replica: Ray Serve LLM's own, counted for the policy; it ends when its KV was fetched or given up.
 
-Called by: Ray Serve, as built in serving/pools.py. Calls: serving/workload.py.
+Called by: Ray Serve, as built in serving/pools.py. Calls: serving/engine.py, serving/workload.py.
 """
 
 import asyncio
@@ -13,6 +13,7 @@ from ray.serve.llm import LLMConfig
 from ray.serve.llm.deployment import PDPrefillServer
 
 from swiftkv.engine.side_channel import choose_side_channel
+from swiftkv.serving.engine import PoolEngine
 from swiftkv.serving.prompts import estimate_tokens
 from swiftkv.serving.workload import PrefillWorkload
 
@@ -24,7 +25,7 @@ class PrefillServer(PDPrefillServer):
         self._workload = PrefillWorkload(kv_lease_s)
         # Ray counts ports up from one number in each deployment, where two versions on one node would meet.
         os.environ.update(choose_side_channel(ray.util.get_node_ip_address()))
-        await super().__init__(llm_config, **others)
+        await super().__init__(llm_config, engine_cls=PoolEngine, **others)
 
     async def _run_request(self, request: Any, **others: Any) -> AsyncGenerator[Any, None]:
         """Ray's one way to the engine, counted."""

@@ -1,6 +1,6 @@
 """The replica of one pool: Ray Serve LLM's own, which also ends the requests of a gateway that has died.
 
-Called by: Ray Serve, as built in serving/pools.py. Calls: serving/callers.py, serving/tokenizing.py.
+Called by: Ray Serve, as built in serving/pools.py. Calls: serving/callers.py, serving/engine.py, serving/tokenizing.py.
 """
 
 from collections.abc import AsyncGenerator
@@ -10,6 +10,7 @@ from ray.serve.llm import LLMConfig
 from ray.serve.llm.deployment import LLMServer
 
 from swiftkv.serving.callers import Callers
+from swiftkv.serving.engine import PoolEngine
 from swiftkv.serving.tokenizing import Tokenizing
 
 
@@ -18,7 +19,7 @@ class PoolServer(Tokenizing, LLMServer):
 
     async def __init__(self, llm_config: LLMConfig, **others: Any) -> None:  # type: ignore[misc]  # as Ray has it
         self._callers = Callers()
-        await super().__init__(llm_config, **others)
+        await super().__init__(llm_config, engine_cls=PoolEngine, **others)
 
     async def _run_request(
         self, request: Any, *, raw_request_info: Any = None, **others: Any

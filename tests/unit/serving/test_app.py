@@ -26,9 +26,18 @@ def test_cached_tokens_are_told_and_tools_parsed_where_a_parser_is_named():
     assert parsed == told | {"enable_auto_tool_choice": True, "tool_call_parser": "hermes"}
 
 
-def test_bound_cores_are_left_as_set():
-    environment = build_config(engine={"cpu_cores": "0"}).runtime_env["env_vars"]
-    assert environment["VLLM_CPU_OMP_THREADS_BIND"] == "0"
+def test_engine_with_cores_of_its_own_is_one_process_on_them():
+    config = build_config(engine={"cpu_cores": "0,2-3"})
+    environment = config.runtime_env["env_vars"]
+    assert (environment["SWIFTKV_ENGINE_CORES"], environment["OMP_NUM_THREADS"]) == ("0,2,3", "3")
+    assert environment["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+    assert config.engine_kwargs["worker_cls"] == "swiftkv.engine.worker.Worker"
+
+
+def test_engine_that_several_processes_share_is_bound_by_vllm():
+    config = build_config(engine={"cpu_cores": "0|1", "tensor_parallel_size": 2})
+    assert config.runtime_env["env_vars"]["VLLM_CPU_OMP_THREADS_BIND"] == "0|1"
+    assert "worker_cls" not in config.engine_kwargs
 
 
 def test_vllm_chooses_the_cores_of_one_replica():
@@ -37,7 +46,8 @@ def test_vllm_chooses_the_cores_of_one_replica():
 
 def test_replicas_of_one_machine_are_not_bound_to_the_same_cores():
     environment = build_config(num_replicas=2).runtime_env["env_vars"]
-    assert environment["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
+    assert "SWIFTKV_ENGINE_CORES" not in environment and "VLLM_CPU_OMP_THREADS_BIND" not in environment
+    assert environment["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
     assert int(environment["OMP_NUM_THREADS"]) == max(1, len(os.sched_getaffinity(0)) // 2)
 
 

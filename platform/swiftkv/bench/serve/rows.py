@@ -18,7 +18,7 @@ ROWS = (
     Row(
         "throughput", "16 streams: tokens/s through gateway and Ray Serve over vLLM's own server's, one core each", 0.95
     ),
-    Row("ttft-added", "one stream: TTFT added by gateway and Ray Serve, ms", 10, False),
+    Row("ttft-added", "one stream, a small model: TTFT added by gateway and Ray Serve, ms", 10, False),
     Row(
         "flood",
         "short chats in a flood of long prompts: TPOT p99 of two pools over one engine's, best chunks",
@@ -31,6 +31,7 @@ ROWS = (
         1.25,
         False,
     ),
+    Row("growth", "real engines, 1 to 2 decode replicas and back by the policy under load: requests lost", 0, False),
     Row("policy", "the policy's decision for 1,000 replicas, ms", 10, False),
     Row("prefill-weights", "bytes of weights in a running prefill engine over those in a whole one", 0.58, False),
 )

@@ -3,7 +3,7 @@
 Called by: cli/bench.py. Calls: the files of the rows beside it.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +13,7 @@ from swiftkv.bench.models import EIGHT_LAYER_SHAPE, LAPTOP_SHAPE, NARROW_8B_SHAP
 from swiftkv.bench.pairs import OnStage, describe_processor, take_turns
 from swiftkv.bench.policy import time_decision
 from swiftkv.bench.ratios import compute_ratio, summarise_values
-from swiftkv.bench.serve import flood, overhead, tenants, tokens, weights
+from swiftkv.bench.serve import flood, growth, overhead, tenants, tokens, weights
 from swiftkv.bench.serve.rows import ROW_BY_NAME
 from swiftkv.bench.serve.servers import build_gateway, build_version, run_bare_server, run_platform
 from swiftkv.bench.table import Result
@@ -65,12 +65,16 @@ class ServeBench:
         for dtype in ("float32", "bfloat16"):
             if f"tokens-{dtype}" in names:
                 results.append(self.compare_tokens(dtype))
-        if {"throughput", "ttft-added"} & set(names):
-            results += self.measure_overhead(names)
+        if "throughput" in names:
+            results.append(self.measure_throughput())
+        if "ttft-added" in names:
+            results.append(self.measure_ttft())
         if "flood" in names:
             results.append(self.measure_flood())
         if "tenants" in names:
             results.append(self.measure_tenants())
+        if "growth" in names:
+            results.append(self.measure_growth())
         if "policy" in names:
             took_ms = 1e3 * time_decision(1000)
             results.append(
@@ -99,21 +103,30 @@ class ServeBench:
         row = ROW_BY_NAME[f"tokens-{dtype}"]
         return Result(row, summarise_values([count]), f"{len(prompts)} prompts", f"{count} differ")
 
-    def measure_overhead(self, names: Collection[str]) -> list[Result]:
-        """vLLM's own server and the platform, both up, in turns."""
-        model, settings = self._write_model(self.plan.shape), self.plan.settings
-        results = []
+    def measure_throughput(self) -> Result:
+        """A model whose steps take as long as those of a laptop's."""
+        bare, ours = self._take_turns("throughput", self.plan.shape, self.plan.settings, overhead.measure_throughput)
+        return _compare("throughput", ours, bare, "tokens/s")
+
+    def measure_ttft(self) -> Result:
+        """A small model, whose own time and its noise are below what is added."""
+        settings = self.plan.settings.model_copy(update={"enforce_eager": True})
+        bare, ours = self._take_turns("ttft-added", EIGHT_LAYER_SHAPE, settings, overhead.measure_ttft)
+        added = summarise_values([one - other for one, other in zip(ours, bare, strict=True)])
+        return Result(ROW_BY_NAME["ttft-added"], added, *(_describe(values, "ms") for values in (bare, ours)))
+
+    def _take_turns(
+        self, name: str, shape: ModelShape, settings: EngineSettings, measure: Callable[[str, int], float]
+    ) -> list[list[float]]:
+        """What is measured of vLLM's own server and of the platform, both up."""
+        model = self._write_model(shape)
         self.on_stage("starting vLLM's own server")
         with run_bare_server(model, settings) as bare_url, run_platform(self.on_stage) as platform:
             pool = {"model": str(model), "engine": settings.model_dump(exclude_defaults=True)}
             capacity = {"max_in_flight_sequences": settings.max_num_seqs, "max_in_flight_prompt_tokens": 1 << 20}
             url = platform.deploy([build_version("pool", pool), build_gateway(["version"], capacity)])
-            for name, measure in (("throughput", overhead.measure_throughput), ("ttft-added", overhead.measure_ttft)):
-                if name in names:
-                    sides = [overhead.seeded(measure, base_url) for base_url in (bare_url, url)]
-                    bare, ours = take_turns(sides, self.plan.pairs, self.on_stage, name)
-                    results.append(_compare_overhead(name, bare, ours))
-        return results
+            sides = [overhead.seeded(measure, base_url) for base_url in (bare_url, url)]
+            return list(take_turns(sides, self.plan.pairs, self.on_stage, name))
 
     def measure_flood(self) -> Result:
         """The best chunk size first; then one engine with it and two pools, both up, in turns."""
@@ -145,6 +158,18 @@ class ServeBench:
             fair, flooded = take_turns(sides, plan.sharing_pairs, self.on_stage, "tenants")
         return _compare("tenants", flooded, fair, "s")
 
+    def measure_growth(self) -> Result:
+        """A small model, so that three engines run on two cores."""
+        model = self._write_model(EIGHT_LAYER_SHAPE)
+        settings = EngineSettings(
+            dtype="float32", max_model_len=1024, max_num_seqs=8, enforce_eager=True, kv_cache_gib=0.1
+        )
+        with run_platform(self.on_stage) as platform:
+            grown = growth.grow_and_shrink(platform, model, settings, self.on_stage)
+        self.figures["growth_sizes"] = grown.sizes
+        asked, lost = len(grown.answers), grown.num_lost
+        return Result(ROW_BY_NAME["growth"], summarise_values([lost]), f"{asked} requests", f"{lost} lost")
+
     def weigh_prefill(self) -> Result:
         """Both roles of a narrow Llama-3.1-8B."""
         model = self._write_model(NARROW_8B_SHAPE)
@@ -163,13 +188,6 @@ class ServeBench:
             write_random_models(folder, shape, _CONTEXT)
             write_tokenizer(folder / "student", shape.vocab_size, _CONTEXT)
         return folder / "student"
-
-
-def _compare_overhead(name: str, bare: list[float], ours: list[float]) -> Result:
-    if name == "throughput":
-        return _compare(name, ours, bare, "tokens/s")
-    added = summarise_values([one - other for one, other in zip(ours, bare, strict=True)])
-    return Result(ROW_BY_NAME[name], added, *(_describe(values, "ms") for values in (bare, ours)))
 
 
 def _compare(name: str, ours: Sequence[float], base: Sequence[float], unit: str) -> Result:

@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 
 from swiftkv.cluster import Cluster, choose_ports, start_cluster, stop_cluster
+from swiftkv.engine import one_process
 from swiftkv.engine.settings import EngineSettings
 from swiftkv.errors import EngineError
 from swiftkv.serving.checks import check_applications
@@ -57,6 +59,13 @@ class Platform:
             time.sleep(_EXPORT_S)
             before, value = value, self.read_counter(name, **labels)
         return value
+
+    def count_replicas(self, application: str, prefix: str) -> int:
+        """How many replicas of the deployment whose name begins so take requests now."""
+        client = ServeSubmissionClient(self.cluster.dashboard_url, headers=self.cluster.headers())
+        deployments = client.get_serve_details()["applications"][application]["deployments"]
+        (deployment,) = (value for name, value in deployments.items() if name.startswith(prefix))
+        return sum(replica["state"] == "RUNNING" for replica in deployment["replicas"])
 
     def _find_metrics_port(self) -> str:
         words = psutil.Process(self.cluster.pid).cmdline()
@@ -103,7 +112,7 @@ def _build_application(name: str, route: str | None, import_path: str, args: dic
 
 
 @contextmanager
-def run_bare_server(model: Path, settings: EngineSettings) -> Iterator[str]:
+def run_bare_server(model: Path, settings: EngineSettings, in_one_process: bool = False) -> Iterator[str]:
     """The base URL of vLLM's OpenAI server on the model in a folder, without Ray; ended at the end.
 
     Raises: EngineError with the end of its log if it does not start.
@@ -111,8 +120,13 @@ def run_bare_server(model: Path, settings: EngineSettings) -> Iterator[str]:
     (port,) = choose_ports(1)
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1", "--port", str(port)]
     command += ["--model", str(model), "--served-model-name", MODEL_ID, "--no-enable-log-requests"]
-    command += list_options(settings.build_engine_arguments())
-    environment = {**os.environ, **settings.build_environment(), "VLLM_LOGGING_LEVEL": "WARNING"}
+    arguments, own = settings.build_engine_arguments(), settings.build_environment()
+    if settings.cpu_cores is not None and in_one_process:
+        num_threads = len(one_process.list_cores(settings.cpu_cores))
+        arguments |= one_process.build_arguments()
+        own = one_process.build_environment(num_threads, settings.cpu_cores)
+    command += list_options(arguments)
+    environment = {**os.environ, **own, "VLLM_LOGGING_LEVEL": "WARNING"}
     environment.pop("VLLM_CPU_KVCACHE_SPACE", None)
     with tempfile.TemporaryFile() as log:
         server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)

@@ -1,0 +1,20 @@
+"""Ray Serve LLM's vLLM engine, in one process where its environment says so (engine/one_process.py).
+
+Ray names vLLM's executor of several processes for every engine on a CPU.
+Called by: serving/server.py, serving/prefill.py, serving/decode.py.
+"""
+
+from typing import Any
+
+from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
+
+from swiftkv.engine import one_process
+
+
+class PoolEngine(VLLMEngine):
+    """The engine of one replica."""
+
+    def _start_async_llm_engine(self, engine_args: Any, engine_config: Any, placement_group: Any) -> Any:
+        if one_process.is_asked_for():
+            engine_config.parallel_config.distributed_executor_backend = "uni"
+        return super()._start_async_llm_engine(engine_args, engine_config, placement_group)
