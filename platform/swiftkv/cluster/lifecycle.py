@@ -32,8 +32,13 @@ START_TIMEOUT_S = 90.0
 # Unix socket paths end at 107 bytes and Ray and HAProxy put up to 72 of their own below the folder.
 _MAX_TEMPORARY_FOLDER_BYTES = 22
 
-# A request passes three replicas and would change threads several times in each. Nothing of ours blocks the loop.
-_ONE_LOOP = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0", "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0"}
+# A request passes three replicas and would change threads several times in each; nothing of ours blocks the loop. Over
+# gRPC replicas reach each other without Ray's workers between them, and notice when the other one has died.
+_SHORT_WAY = {
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
+}
 
 # Ray reads this on Linux too: when off, it leaves loopback addresses as they are instead of replacing them by
 # the machine's own, and every server of the cluster binds to 127.0.0.1 (Ray 2.60).
@@ -72,7 +77,7 @@ class Cluster(StrictModel):
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(self.token_path),
             **_LOOPBACK_ONLY,
-            **_ONE_LOOP,
+            **_SHORT_WAY,
         }
 
 
@@ -207,7 +212,7 @@ def _head_environment(folder: Path, ports: list[int]) -> dict[str, str]:
             "PYTHONUNBUFFERED": "1",
             **haproxy.prepare_haproxy(folder, ports[10:]),
             **_LOOPBACK_ONLY,
-            **_ONE_LOOP,
+            **_SHORT_WAY,
         }
     )
 

@@ -65,26 +65,29 @@ class Client:
                 else:
                     _take_whole(await response.json(), answer)
         except TimeoutError:
-            answer.reason = f"nothing more for {self._timeout_s:.0f} s"
+            answer.reason = answer.reason or f"nothing more for {self._timeout_s:.0f} s"
         except (aiohttp.ClientError, ConnectionError) as error:
-            answer.outcome, answer.reason = "broken", repr(error)
+            if answer.outcome == "silent":
+                answer.outcome, answer.reason = "broken", repr(error)
         answer.finished_s = self.now_s()
         return answer
 
     async def _read(self, response: aiohttp.ClientResponse, answer: Answer) -> None:
-        finish_reason = ""
-        async for line in response.content:
-            if not line.startswith(_EVENT):
+        finish_reason, is_done = "", False
+        async for line in response.content:  # to its very end: otherwise the connection could not be used again
+            if is_done or not line.startswith(_EVENT):
                 continue
             data = line[len(_EVENT) :].strip()
             if data == _DONE:
+                is_done = True
                 if finish_reason:
                     answer.outcome, answer.reason = "complete", finish_reason
-                return
+                continue
             event = json.loads(data)
             if "error" in event:
                 answer.outcome, answer.reason = "told", str(event["error"].get("message"))
-                return
+                is_done = True
+                continue
             if usage := event.get("usage"):
                 answer.completion_tokens = usage["completion_tokens"]
             for choice in event["choices"]:

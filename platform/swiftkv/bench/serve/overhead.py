@@ -14,7 +14,7 @@ from swiftkv.errors import EngineError
 from swiftkv.loadgen.answers import Answer, Request, take_completed
 from swiftkv.loadgen.replay import run_closed
 
-_VOCAB_SIZE = 8000
+_VOCAB_SIZE = 512
 """Of prompts: within that of every model of the bench."""
 
 

@@ -4,6 +4,7 @@ Called by: gateway/generation.py.
 """
 
 import asyncio
+from collections.abc import Callable
 from contextlib import suppress
 
 from starlette.datastructures import Headers
@@ -46,11 +47,18 @@ async def read_body(receive: Receive, max_bytes: int) -> bytes:
             return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
-async def run_while_connected(exchange: Exchange, answering: asyncio.Task[None], receive: Receive) -> None:
-    """Waits for the answer to be sent, and cancels it if the client leaves first. Raises: what answering raises."""
+async def run_while_connected(
+    exchange: Exchange, answering: asyncio.Task[None], receive: Receive, has_everything: Callable[[], bool]
+) -> None:
+    """Waits for the answer to be sent, and cancels it if the client leaves before it has everything.
+
+    Raises: what answering raises.
+    """
     leaving = asyncio.create_task(_wait_until_gone(receive))
     try:
         await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not answering.done() and has_everything():
+            await asyncio.wait({answering})
         if answering.done():
             answering.result()
     finally:

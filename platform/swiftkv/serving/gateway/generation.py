@@ -64,7 +64,7 @@ class Generation:
             self._exchange.status, self._exchange.reason = CLIENT_LEFT, "client_left"
             return
         answering = asyncio.create_task(self._answer(tenant, headers, body, send))
-        await run_while_connected(self._exchange, answering, receive)
+        await run_while_connected(self._exchange, answering, receive, self._is_whole)
 
     async def _answer(self, tenant: Tenant, headers: Headers, body: bytes, send: Send) -> None:
         request, ticket = self._read(tenant, body)
@@ -93,6 +93,9 @@ class Generation:
                     await self._stream.break_off(refusal)
         finally:
             self._gateway.admission.finish(self._id, self._count_usage(ticket))
+
+    def _is_whole(self) -> bool:
+        return self._stream is not None and self._stream.is_whole
 
     def _read(self, tenant: Tenant, body: bytes) -> tuple[Any, Ticket]:
         values = parse_json(body)

@@ -6,6 +6,7 @@ Called by: gateway/generation.py.
 """
 
 import json
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +19,8 @@ from swiftkv.serving.gateway.upstream import ERROR_EVENT, Answer
 
 DONE = "data: [DONE]"
 _NO_CHOICES = '"choices":[]'
+logger = logging.getLogger(__name__)
+
 _EVENT_STREAM = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
 _JSON = [(b"content-type", b"application/json")]
 
@@ -32,7 +35,9 @@ class Stream:
         self._keeps_usage = keeps_usage
         self._send = send
         self.is_open = False
-        self._is_done = False
+        self.is_whole = False
+        """Whether the client has everything: if it leaves now, it has left nothing behind."""
+        self._is_told = False
         self.num_chunks = 0
 
     async def relay(self) -> None:
@@ -40,32 +45,42 @@ class Stream:
         await self._send({"type": "http.response.start", "status": 200, "headers": list(_EVENT_STREAM)})
         self.is_open = True
         item = self._answer.first
-        while True:
+        while not self.is_whole:
             if chunk := "".join(self._read(item)):
-                await self._send({"type": "http.response.body", "body": chunk.encode(), "more_body": True})
+                await self._send_part(chunk.encode())
             try:
                 item = await self._answer.next()
             except StopAsyncIteration:
                 break
-        if not self._is_done:
-            raise refuse(500, "the engine's answer broke off.", "stream_cut")
-        self.is_open = False
-        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+            except Exception as error:
+                if not self.is_whole:
+                    raise
+                logger.warning("a version failed after its last word: %s", type(error).__name__)
+        if not self.is_whole:
+            if not self._is_told:
+                raise refuse(500, "the engine's answer broke off.", "stream_cut")
+            self.is_whole = True
+            await self._send_part(b"")
 
     async def break_off(self, refusal: Refusal) -> None:
         """Ends the open stream by telling why it is short."""
         self.is_open = False
         self._exchange.reason = refusal.code or refusal.kind
-        event = b"data: " + refusal.body() + b"\n\n"
-        await self._send({"type": "http.response.body", "body": event, "more_body": False})
+        self.is_whole = True
+        await self._send_part(b"data: " + refusal.body() + b"\n\n")
+
+    async def _send_part(self, body: bytes) -> None:
+        """A part of the answer, the last one if the answer is whole now."""
+        self.is_open = self.is_open and not self.is_whole
+        await self._send({"type": "http.response.body", "body": body, "more_body": not self.is_whole})
 
     def _read(self, item: Any) -> Iterator[str]:
         """The events of an item that the client is to get."""
         for event in _split(item):
             if event.startswith(DONE):
-                self._is_done = True
+                self.is_whole = True
             elif event.startswith(ERROR_EVENT):
-                self._is_done = True
+                self._is_told = True
                 self._exchange.reason = "engine_error"
                 event = write_error(event)
             elif _NO_CHOICES in event and (usage := _find_usage(event)):
