@@ -415,6 +415,24 @@ def test_kv_of_clients_that_left_is_freed_within_a_lease(fleet, report):
     report["kv_of_left_clients_freed_s_at_most"] = round(time.monotonic() - began_s, 1)
 
 
+def test_kv_for_killed_decode_replicas_is_freed_within_a_lease(fleet, report):
+    """Killed between prefill and pull, for some of the prompts."""
+    pids, rng = fleet.find_pids("Decode:"), random.Random(8)
+    prompts = [random_prompt_ids(rng, 3000) for _ in range(8)]
+    with concurrent.futures.ThreadPoolExecutor(8) as threads:
+        requests = [Request(build_body(prompt, 8)) for prompt in prompts]
+        answers = threads.submit(run_closed, fleet.base_url, requests, len(requests))
+        time.sleep(1)
+        for pid in pids:
+            kill(pid)
+        began_s = time.monotonic()
+        wait_for(lambda: fleet.read_metric("vllm_kv_cache_usage_perc", True) == 0, timeout_s=LEASE_S + 5 + EXPORT_S)
+        report["kv_for_killed_decode_replicas_freed_s_at_most"] = round(time.monotonic() - began_s, 1)
+        counts = count_outcomes(answers.result())
+    assert counts["silent"] == counts["broken"] == 0, counts
+    fleet.wait_for_replicas("Decode:", 2, absent=pids)
+
+
 def test_rolling_update(fleet, under_load):
     """Every engine is replaced by one with a smaller KV cache; long streams end where they began."""
     before = fleet.find_pids("Decode:") + fleet.find_pids("Prefill:")

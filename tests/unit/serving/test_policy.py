@@ -115,8 +115,8 @@ def test_longer_prompts_never_get_fewer_replicas(rate: float, prompt: int, facto
 
 
 def test_a_longer_tail_of_the_same_mean_gets_more_prefill() -> None:
-    even = decide_once(observe(arrive(20, 1000)))
-    tail = decide_once(observe(arrive(20, [200] * 9 + [8200])))
+    even = decide_once(observe(arrive(50, 1000)))
+    tail = decide_once(observe(arrive(50, [200] * 9 + [8200])))
     assert even.inputs["uncached_prompt_tokens_per_s"] == tail.inputs["uncached_prompt_tokens_per_s"]
     assert tail.prefill.needed > even.prefill.needed
 

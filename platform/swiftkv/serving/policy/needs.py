@@ -18,6 +18,10 @@ WAITING_FRAC = 0.1
 SATURATED_FRAC = 0.98
 """Of its time a pool that lags behind computes all; a window of one that does not can be nearly as full by chance."""
 
+CERTAINTY = 1.0
+"""Standard errors of the number of requests by which demand must be above what a pool can take before it grows for it;
+what is seen to lack, such as a queue, needs none."""
+
 ROOM_OVER_BEST = 1.25
 """Where a target is out of reach, it is sized for this many times what one request alone would take."""
 
@@ -26,13 +30,13 @@ def need_prefill(situation: Situation, reasons: Reasons) -> Need:
     """Prefill replicas that keep the TTFT target."""
     load, settings = situation.prefill_load, situation.settings
     target = _reachable_ttft_s(situation, reasons)
-    growth = situation.demand.growth_frac["prefill"]
+    growth, unsure = situation.demand.growth_frac["prefill"], _grow_for_growing(situation)
 
     def size(frac: float) -> int:
         return size_prefill(load.grown(frac), target, settings.targets.percentile, settings.highest_load_frac)
 
-    now = size(0)
-    up = _explain_growth(situation, reasons, "prefill", now, size(growth), growth)
+    now = size(unsure)
+    up = _explain_growth(situation, reasons, "prefill", now, size((1 + growth) * (1 + unsure) - 1), growth)
     if load.busy > 0:
         reasons.say(
             "demand",
@@ -49,15 +53,15 @@ def need_decode(situation: Situation, reasons: Reasons) -> Need:
     """Decode replicas that keep the TPOT target and have room for the KV."""
     load, settings = situation.decode_load, situation.settings
     target = _reachable_tpot_s(situation, reasons)
-    growth = situation.demand.growth_frac["decode"]
+    growth, unsure = situation.demand.growth_frac["decode"], _grow_for_growing(situation)
 
     def size(frac: float) -> int:
         return size_decode(
             load.grown(frac), situation.costs, target, settings.targets.percentile, settings.highest_load_frac
         )
 
-    now = size(0)
-    up = _explain_growth(situation, reasons, "decode", now, size(growth), growth)
+    now = size(unsure)
+    up = _explain_growth(situation, reasons, "decode", now, size((1 + growth) * (1 + unsure) - 1), growth)
     if load.tokens_per_s > 0:
         batch = predict_batch(load, situation.costs, up, settings.targets.percentile)
         reasons.say(
@@ -69,6 +73,12 @@ def need_decode(situation: Situation, reasons: Reasons) -> Need:
     floor = max(_floor_of_kv(situation, reasons), _floor_of_waiting(situation, reasons))
     down = size(_grow_for_shrinking(situation, "decode"))
     return _bound(situation, reasons, "decode", Need(max(up, floor), max(down, up, floor)))
+
+
+def _grow_for_growing(situation: Situation) -> float:
+    """By how much less demand than the present one a larger pool is not wanted yet: it may be chance. That lengths vary
+    is no reason to wait."""
+    return -CERTAINTY * situation.demand.error_frac["decode"]
 
 
 def _grow_for_shrinking(situation: Situation, pool: Pool) -> float:
