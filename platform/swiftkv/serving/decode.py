@@ -4,7 +4,7 @@ Ray Serve LLM's decode server passes a failed prefill on to the client; this one
 a prefill pool that is empty, cold or broken makes answers slower and never takes them away. Generates nothing itself:
 both engines are vLLM's, and KV moves between them by NIXL.
 Called by: Ray Serve, as built in serving/pools.py.
-Calls: serving/hop.py, serving/workload.py, serving/callers.py, serving/engine.py, Ray Serve LLM's decode server.
+Calls: serving/hop.py, serving/workload.py, serving/engine.py, Ray Serve LLM's decode server.
 """
 
 import asyncio
@@ -22,7 +22,6 @@ from ray.serve.llm.deployment import LLMServer, PDDecodeServer
 
 from swiftkv.engine.side_channel import choose_side_channel
 from swiftkv.metrics import count, record
-from swiftkv.serving.callers import Callers
 from swiftkv.serving.config import HopSettings
 from swiftkv.serving.engine import PoolEngine
 from swiftkv.serving.hop import HopCosts, SeenPrefixes, name_beginning
@@ -57,17 +56,11 @@ class DecodeServer(Tokenizing, PDDecodeServer):
         self._avoided_until = 0.0
         self._asked_at = 0.0
         self._workload = DecodeWorkload(kv_capacity_tokens)
-        self._callers = Callers()
         os.environ.update(choose_side_channel(ray.util.get_node_ip_address()))  # see PrefillServer
         await super().__init__(llm_config, prefill_server=prefill_server, engine_cls=PoolEngine, **others)
 
     async def _pd_handle_request(self, request: Any, raw_request_info: Any = None) -> AsyncGenerator[Any, None]:
         """The answer's chunks. Overrides the one place where Ray's server joins both pools."""
-        with self._callers.hold(raw_request_info):
-            async for chunk in self._answer(request, raw_request_info):
-                yield chunk
-
-    async def _answer(self, request: Any, raw_request_info: Any) -> AsyncGenerator[Any, None]:
         # Not by its class: Ray has two of each, and the gateway sends the other one than Ray's public name means.
         method = "chat" if hasattr(request, "messages") else "completions"
         prompt = self._measure_prompt(request)

@@ -9,7 +9,6 @@ from ray.llm._internal.serve.engines.vllm.kv_transfer.base import DefaultConnect
 from ray.serve.llm.deployment import LLMServer
 from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest
 
-from swiftkv.serving.callers import Callers
 from swiftkv.serving.config import HopSettings
 from swiftkv.serving.decode import DecodeServer
 from swiftkv.serving.hop import HopCosts, SeenPrefixes
@@ -88,7 +87,7 @@ def build_server(behaviour, **hop):
     server._costs = HopCosts(HopSettings(**{"min_tokens": 0, "timeout_s": 0.05, "retry_s": 60.0, **hop}))
     server._bytes_per_token, server._seen = 4.0, SeenPrefixes(1 << 16)
     server._avoided_until, server._asked_at, server._workload = 0.0, 0.0, DecodeWorkload(10_000)
-    server._prefill_handle, server._callers = PrefillPool(behaviour), Callers()
+    server._prefill_handle = PrefillPool(behaviour)
     server._connector_backend_cache = DefaultConnectorBackend(None)
     return server
 

@@ -6,7 +6,7 @@ Called by: bench/serve/run.py. Calls: bench/serve/servers.py, loadgen.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from swiftkv.bench.models import build_random_prompts
@@ -20,7 +20,7 @@ from swiftkv.loadgen.replay import draw_poisson_arrivals, run_open
 CHUNK_SIZES = (64, 128, 256, 512, 1024, 2048)
 HOP_TOKENS = 256
 PREFILL_CHUNK, DECODE_CHUNK = 2048, 64
-_VOCAB_SIZE = 8000
+_VOCAB_SIZE = 4000
 _CHAT, _LONG = "chat", "long"
 
 
@@ -28,12 +28,12 @@ _CHAT, _LONG = "chat", "long"
 class Flood:
     """Two kinds of requests that arrive at random, independent of each other."""
 
-    duration_s: float = 60
-    chats_per_s: float = 1.0
+    duration_s: float = 45
+    chats_per_s: float = 2.0
     chat_prompt_tokens: int = 48
     chat_new_tokens: int = 32
-    longs_per_s: float = 0.35
-    long_prompt_tokens: int = 2000
+    longs_per_s: float = 0.15
+    long_prompt_tokens: int = 8000
     long_new_tokens: int = 2
 
     def build_requests(self, seed: int) -> list[Request]:
@@ -95,8 +95,8 @@ def try_chunk_sizes(model: Path, settings: EngineSettings, flood: Flood, on_stag
     for chunk_size in CHUNK_SIZES:
         on_stage(f"one engine, {chunk_size} tokens a step")
         update = {"max_num_batched_tokens": chunk_size}
-        with run_bare_server(model, settings.model_copy(update=update)) as base_url:
-            send_flood(base_url, Flood(duration_s=5), seed=1000)  # the first use of an engine is slower
+        with run_bare_server(model, settings.model_copy(update=update), in_one_process=True) as base_url:
+            send_flood(base_url, replace(flood, duration_s=5), seed=1000)  # the first use of an engine is slower
             outcomes[chunk_size] = send_flood(base_url, flood, seed=0)
     return outcomes
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from swiftkv.bench.byte_tokenizer import write_tokenizer
-from swiftkv.bench.models import EIGHT_LAYER_SHAPE, LAPTOP_SHAPE, NARROW_8B_SHAPE, write_random_models
+from swiftkv.bench.models import EIGHT_LAYER_SHAPE, LAPTOP_SHAPE, NARROW_8B_SHAPE, TRAINING_SHAPE, write_random_models
 from swiftkv.bench.pairs import OnStage, describe_processor, take_turns
 from swiftkv.bench.policy import time_decision
 from swiftkv.bench.ratios import compute_ratio, summarise_values
@@ -21,7 +21,8 @@ from swiftkv.engine.settings import EngineSettings
 from swiftkv.model.precision import has_bfloat16_instructions
 from swiftkv.spec import ModelShape
 
-_CONTEXT = 4096
+_CONTEXT = 10240
+"""Of the models; most engines take less of it."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Plan:
         """Of every engine whose speed is measured."""
         return EngineSettings(
             dtype=self.dtype,
-            max_model_len=_CONTEXT,
+            max_model_len=4096,
             max_num_seqs=16,
             enable_prefix_caching=False,
             kv_cache_gib=1.0,
@@ -130,14 +131,16 @@ class ServeBench:
 
     def measure_flood(self) -> Result:
         """The best chunk size first; then one engine with it and two pools, both up, in turns."""
-        plan, model = self.plan, self._write_model(self.plan.shape)
-        one = plan.settings.model_copy(update={"cpu_cores": "0,1", "max_num_seqs": 32})
+        plan, model = self.plan, self._write_model(TRAINING_SHAPE)
+        # Eager on both sides: compiling for each chunk size takes longer than trying it.
+        update = {"cpu_cores": "0,1", "max_num_seqs": 32, "max_model_len": _CONTEXT, "enforce_eager": True}
+        one = plan.settings.model_copy(update=update)
         tried = flood.try_chunk_sizes(model, one, plan.flood_load, self.on_stage)
         best = min(tried, key=lambda size: tried[size].chat_tpot_p99_s)
         self.figures["flood_by_chunk_size"] = {size: asdict(outcome) for size, outcome in tried.items()}
         self.figures["flood_best_chunk_size"] = best
         one = one.model_copy(update={"max_num_batched_tokens": best})
-        with run_bare_server(model, one) as one_url, run_platform(self.on_stage) as platform:
+        with run_bare_server(model, one, in_one_process=True) as one_url, run_platform(self.on_stage) as platform:
             pair_url = flood.deploy_pair(platform, model, one)
             sides = [flood.seeded(url, plan.flood_load) for url in (one_url, pair_url)]
             outcomes = take_turns(sides, plan.flood_pairs, self.on_stage, "flood")

@@ -68,7 +68,7 @@ class GatewayServer:
         from swiftkv.serving.gateway.upstream import Upstream
 
         log_to_stderr()
-        upstream = Upstream(serve.get_app_handle, serve.get_replica_context().replica_id.to_full_id_str())
+        upstream = Upstream(serve.get_app_handle)
         self._gateway = Gateway(GatewaySettings.model_validate(settings), upstream, HandleAdmission(admission))
 
     async def __serve_build_asgi_app__(self) -> Any:

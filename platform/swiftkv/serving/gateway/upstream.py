@@ -15,7 +15,6 @@ from ray.llm._internal.serve.core.configs.openai_api_models import ErrorResponse
 from ray.llm._internal.serve.core.protocol import RawRequestInfo
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 
-from swiftkv.serving.callers import CALLER_HEADER
 from swiftkv.serving.gateway.edge import describe
 from swiftkv.serving.gateway.refusals import Refusal, refuse, say_when
 from swiftkv.serving.gateway.settings import ModelSettings, Route
@@ -58,11 +57,9 @@ class Answer:
 class Upstream:
     """Handles of all applications that the routes name."""
 
-    def __init__(self, get_handle: Callable[[str], Any], caller: str) -> None:
-        """`get_handle` gives an application's handle, or raises RayServeException if it does not run. `caller`: the
-        name of this process's actor, with whose death versions end its calls."""
+    def __init__(self, get_handle: Callable[[str], Any]) -> None:
+        """`get_handle` gives an application's handle, or raises RayServeException if it does not run."""
         self._get_handle = get_handle
-        self._caller = caller
         self._handles: dict[str, Any] = {}
 
     def forget(self) -> None:
@@ -89,7 +86,7 @@ class Upstream:
         # One version: it is asked twice, because another of its replicas may answer.
         attempts = (applications * NUM_ATTEMPTS)[: max(NUM_ATTEMPTS, len(applications))]
         lost: Exception | None = None
-        info = RawRequestInfo({**headers, CALLER_HEADER: self._caller})
+        info = RawRequestInfo(headers)
         for number, application in enumerate(attempts):
             on_attempt(application)
             try:
@@ -107,7 +104,7 @@ class Upstream:
 
     async def ask(self, application: str, method: str, request: Any, headers: dict[str, str]) -> Answer:
         """One version's answer up to its first item. Raises: what the version raises."""
-        info = RawRequestInfo({**headers, CALLER_HEADER: self._caller})
+        info = RawRequestInfo(headers)
         return await self._call_one(application, method, request, info)
 
     async def answers(self, model: ModelSettings) -> bool:

@@ -196,7 +196,7 @@ class World:
         return self.versions[application]
 
     def start_gateway(self) -> tuple[Gateway, Any]:
-        gateway = Gateway(self.settings, Upstream(self.get_handle, "gateway"), self.admission)
+        gateway = Gateway(self.settings, Upstream(self.get_handle), self.admission)
         return gateway, build_routes(gateway)
 
     def connect(self, key: str | None = None, application: Any = None) -> httpx.AsyncClient:
