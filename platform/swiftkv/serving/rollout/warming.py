@@ -5,6 +5,7 @@ spared.
 Called by: rollout/app.py. Calls: Ray Serve's application handles.
 """
 
+import asyncio
 from typing import Any
 
 from ray import serve
@@ -21,18 +22,26 @@ def warm_version(settings: RolloutSettings, application: str) -> None:
 
     Raises: EngineError with what the version says if it refuses one; whatever it raises.
     """
+    application_handle = serve.get_app_handle(application)
+    requests = [_build_request(settings, number) for number in range(settings.warm_requests)]
+
+    async def answer_all() -> None:  # at once: all replicas get some
+        handle = application_handle.options(stream=True)  # here: its router lives on the running loop
+        await asyncio.gather(*(_answer(application, handle.completions.remote(request)) for request in requests))
+
+    asyncio.run(answer_all())
+
+
+async def _answer(application: str, answer: Any) -> None:
     from swiftkv.serving.gateway.refusals import Refusal
     from swiftkv.serving.gateway.upstream import check_first
 
-    handle = serve.get_app_handle(application).options(stream=True)
-    requests = [_build_request(settings, number) for number in range(settings.warm_requests)]
-    for answer in [handle.completions.remote(request) for request in requests]:  # at once: all replicas get some
-        try:
-            check_first(next(answer))
-        except Refusal as refusal:
-            raise EngineError(f"{application} refused a first request: {refusal.message}") from None
-        for _ in answer:
-            pass
+    try:
+        check_first(await anext(answer))
+    except Refusal as refusal:
+        raise EngineError(f"{application} refused a first request: {refusal.message}") from None
+    async for _ in answer:
+        pass
 
 
 def _build_request(settings: RolloutSettings, number: int) -> Any:
