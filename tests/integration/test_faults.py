@@ -420,7 +420,7 @@ def test_kv_for_killed_decode_replicas_is_freed_within_a_lease(fleet, report):
     pids, rng = fleet.find_pids("Decode:"), random.Random(8)
     prompts = [random_prompt_ids(rng, 3000) for _ in range(8)]
     with concurrent.futures.ThreadPoolExecutor(8) as threads:
-        requests = [Request(build_body(prompt, 8)) for prompt in prompts]
+        requests = [Request(build_body(prompt, 8), label=str(i)) for i, prompt in enumerate(prompts)]
         answers = threads.submit(run_closed, fleet.base_url, requests, len(requests))
         time.sleep(1)
         for pid in pids:

@@ -4,9 +4,10 @@ Imports no vLLM: configs are checked before anything heavy is loaded.
 Called by: engine/llm.py, serving/.
 """
 
+import re
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from swiftkv.config import StrictModel
 from swiftkv.engine.compiler import has_cxx_compiler
@@ -56,7 +57,7 @@ class EngineSettings(StrictModel):
     together, so that the KV cache gets the rest. 0.9 is usual. None: kv_cache_gib says what the KV cache gets."""
     block_size: int | None = Field(default=None, ge=1)
     """Tokens in one block of the KV cache; None takes vLLM's (128 on CPUs; on GPUs its attention kernel's)."""
-    cpu_cores: str | None = Field(default=None, pattern=r"^\d+(-\d+)?([,|]\d+(-\d+)?)*$")
+    cpu_cores: str | None = None
     """Cores that the engine computes on, such as "0" or "0-1", or with `tensor_parallel_size` 2 "0|1"; None leaves it
     to vLLM, which keeps one core for its own processes. (With both of two cores a model of 400 M parameters is 1.8
     times faster, one of 5 M decodes slower; jobs/LOG.md.)"""
@@ -79,6 +80,13 @@ class EngineSettings(StrictModel):
 
     streamed_from: WeightsSource | None = None
     """Where the tensors come from, if not from files in the model's folder."""
+
+    @field_validator("cpu_cores")
+    @classmethod
+    def _check_cores(cls, cores: str | None) -> str | None:
+        if cores is not None and not re.fullmatch(r"\d+(-\d+)?([,|]\d+(-\d+)?)*", cores):
+            raise ValueError('cores are numbers, such as "0", "0-1" or "0,2", with | between those of two processes')
+        return cores
 
     @model_validator(mode="after")
     def _check_memory(self) -> "EngineSettings":

@@ -5,6 +5,7 @@ Called by: Ray Serve, through the import path `swiftkv.serving.gateway.app:build
 Calls: gateway/routes.py, gateway/admission_server.py.
 """
 
+import os
 from typing import Any
 
 from ray import serve
@@ -62,6 +63,9 @@ class GatewayServer:
     """One HTTP replica."""
 
     def __init__(self, admission: DeploymentHandle, settings: dict[str, Any]) -> None:
+        # vLLM configures Python's logging when it is imported, which closes what Serve logs to. Serve asks for that
+        # file's name when its controller comes back, and takes a replica without one for dead.
+        os.environ["VLLM_CONFIGURE_LOGGING"] = "0"
         # vLLM's request classes take seconds to load; the admission's process, which shares this file, needs none.
         from swiftkv.serving.gateway.exchange import log_to_stderr
         from swiftkv.serving.gateway.gateway import Gateway
