@@ -8,6 +8,10 @@ from typing import Any
 
 from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
 
+# NIXL configures Python's logging when it is imported, which closes what Serve logs to. Serve asks for that file's name
+# when its controller comes back, and takes a replica without one for dead; so it is imported before Serve opens it.
+from vllm.distributed.nixl_utils import NixlWrapper  # noqa: F401
+
 from swiftkv.engine import one_process
 
 
