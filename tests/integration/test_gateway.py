@@ -335,7 +335,8 @@ def test_places_of_a_killed_gateway_are_free_after_its_lease(serving):
     pid, freed_s, num_lost, running = asyncio.run(run())
     print(f"{num_lost} streams died with their gateway, a place was free {freed_s:.1f} s later; {running} still ran")
     assert num_lost
-    assert freed_s < LEASE_S + 5
+    # Until HAProxy has noticed, requests still go to the dead one: 5 to 11 s were seen. The streams take 60 s.
+    assert freed_s < LEASE_S + 20
     serving.wait_for("gateway", 2, absent=[pid])
 
 
