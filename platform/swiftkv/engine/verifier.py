@@ -6,6 +6,7 @@ Called by: vLLM, at the start of `VllmConfig.__post_init__`.
 
 from typing import Any
 
+import torch
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
@@ -75,6 +76,10 @@ def _refuse_what_cannot_work(vllm_config: VllmConfig, skipping: bool) -> None:
             f"pipeline_parallel_size is {parallel.pipeline_parallel_size}: a SwiftKV model "
             "cannot be cut into pipeline stages. Use tensor_parallel_size instead."
         )
+    if vllm_config.model_config.dtype == torch.float32 and _has_int8_activations(vllm_config) and _has_amx():
+        raise ConfigError(
+            "dtype is float32, but vLLM's int8 products on a CPU with AMX take half precision only. Use bfloat16."
+        )
     if not skipping:
         return
     if vllm_config.model_config.runner_type != "generate":
@@ -92,6 +97,16 @@ def _refuse_what_cannot_work(vllm_config: VllmConfig, skipping: bool) -> None:
             f"speculative method {speculation.method!r} needs more of a SwiftKV model than its tokens: prompt tokens "
             f"skip the later layers. Use one of {', '.join(_SPECULATION)}."
         )
+
+
+def _has_int8_activations(vllm_config: VllmConfig) -> bool:
+    quantisation = vllm_config.model_config.hf_config.to_dict().get("quantization_config") or {}
+    activations = [group.get("input_activations") or {} for group in quantisation.get("config_groups", {}).values()]
+    return any(kind.get("type") == "int" and kind.get("num_bits") == 8 for kind in activations)
+
+
+def _has_amx() -> bool:
+    return current_platform.is_cpu() and bool(torch.cpu.get_capabilities().get("amx_tile"))
 
 
 def _choose_cuda_graphs(vllm_config: VllmConfig) -> None:

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from swiftkv.families import FAMILIES
 
@@ -45,6 +46,24 @@ def test_registration_adds_our_names_and_changes_nothing_that_existed() -> None:
     assert result.returncode == 0, result.stderr[-2000:]
     ours = sorted(family.architecture for family in FAMILIES.values())
     assert result.stdout.splitlines()[-1] == f"{ours} {ours}"
+
+
+ASKED = """
+import ctypes
+from swiftkv.engine.plugin import register
+register()
+allowed = ctypes.c_ulonglong()
+ARCH_PRCTL, ARCH_GET_XCOMP_PERM = 158, 0x1022
+assert ctypes.CDLL(None).syscall(ARCH_PRCTL, ARCH_GET_XCOMP_PERM, ctypes.byref(allowed)) == 0
+print(allowed.value >> 18 & 1)
+"""
+
+
+@pytest.mark.skipif(not torch.cpu.get_capabilities().get("amx_tile"), reason="this CPU has no AMX")
+def test_a_process_of_the_engine_may_use_amx_from_its_first_token() -> None:
+    result = subprocess.run([sys.executable, "-c", ASKED], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stdout.splitlines()[-1] == "1"
 
 
 def test_vllm_finds_the_plugin_of_the_installed_package() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from fakes import write_student, write_teacher
+from quantise import quantise_student
 
 from swiftkv.engine.plugin import register
 from swiftkv.engine.settings import ROLE_KEY, SKIPPING_KEY
@@ -177,6 +178,20 @@ def test_a_window_on_some_layers_only_is_refused_by_the_configs_key(tmp_path: Pa
     folder = write_student(tmp_path, family="qwen2", config_changes=window)
     with pytest.raises(ValueError, match="Only some layers of this qwen2 model have a sliding window .layer_types"):
         make_config(folder)
+
+
+@pytest.mark.parametrize("has_amx", [True, False])
+def test_int8_in_float32_is_refused_where_vllm_cannot_compute_it(
+    student: Path, tmp_path: Path, has_amx: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = quantise_student(student, tmp_path)
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"amx_tile": has_amx})
+    make_config(folder, dtype="bfloat16")
+    if not has_amx:
+        make_config(folder, dtype="float32")
+        return
+    with pytest.raises(ValueError, match="dtype is float32.*int8.*Use bfloat16"):
+        make_config(folder, dtype="float32")
 
 
 def test_a_family_without_a_swiftkv_form_is_refused_by_name(tmp_path: Path) -> None:
