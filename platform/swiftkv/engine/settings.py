@@ -44,6 +44,9 @@ class EngineSettings(StrictModel):
     """Sequences in one engine step."""
     max_num_batched_tokens: int = Field(default=2048, ge=1)
     """Tokens in one engine step; longer prompts are prefilled in chunks of this."""
+    long_prefill_token_threshold: int = Field(default=0, ge=0)
+    """Tokens of one prompt in one engine step, so that short prompts do not wait until a long one is done; 0 gives a
+    prompt what is left of the step."""
     enable_chunked_prefill: bool = True
     """Whether a prompt may be cut over several steps; without it prompts must fit one step."""
     enable_prefix_caching: bool = True
@@ -108,6 +111,7 @@ class EngineSettings(StrictModel):
         arguments: dict[str, Any] = {name: getattr(self, name) for name in names}
         arguments["max_model_len"] = self.max_model_len or -1  # vLLM: the most that the KV cache can hold
         arguments["max_num_batched_tokens"] = max(self.max_num_batched_tokens, self.max_num_seqs)
+        arguments["long_prefill_token_threshold"] = self.long_prefill_token_threshold
         arguments["enforce_eager"] = self.is_eager()
         arguments |= {"load_format": "safetensors", "trust_remote_code": False}  # never a pickle, never its code
         if self.gpu_memory_utilization is None:

@@ -3,7 +3,7 @@
 from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from swiftkv.bench.serve.flood import Flood
+from swiftkv.bench.serve.flood import CHAT_ROOM_TOKENS, Chunking, Flood, Outcome, choose_best
 from swiftkv.bench.serve.run import Plan
 from swiftkv.bench.serve.servers import list_options
 from swiftkv.bench.serve.tokens import Expected, count_differences, draw_prompts
@@ -28,7 +28,26 @@ def test_both_sides_of_a_flood_get_the_same_requests():
     flood = Flood(duration_s=30)
     assert flood.build_requests(4) == flood.build_requests(4)
     assert flood.build_requests(4) != flood.build_requests(5)
+    assert [request.arrival_s for request in flood.build_requests(4) if request.label == "long"] == [1, 16]
     assert {request.label for request in flood.build_requests(4)} == {"chat", "long"}
+
+
+def test_the_best_engine_of_a_flood_serves_chats_in_time():
+    """The lowest TPOT may be that of an engine whose chats wait until the long prompts are done."""
+
+    def outcome(tpot_s: float, ttft_s: float) -> Outcome:
+        return Outcome(tpot_s, tpot_s, ttft_s, 1.0, 1.0)
+
+    waiting, fast, slow = Chunking(64, False), Chunking(64, True), Chunking(128, True)
+    assert choose_best({waiting: outcome(0.01, 9.0), fast: outcome(0.2, 0.5), slow: outcome(0.3, 0.4)}) == fast
+    assert choose_best({waiting: outcome(0.01, 9.0), slow: outcome(0.3, 8.0)}) == waiting
+
+
+def test_a_chunk_with_room_for_chats_leaves_it_in_the_step():
+    settings = EngineSettings(max_num_batched_tokens=7)
+    plain, roomy = (Chunking(64, has_room).apply(settings).build_engine_arguments() for has_room in (False, True))
+    assert (plain["max_num_batched_tokens"], plain["long_prefill_token_threshold"]) == (64, 0)
+    assert (roomy["max_num_batched_tokens"], roomy["long_prefill_token_threshold"]) == (64 + CHAT_ROOM_TOKENS, 64)
 
 
 def test_settings_mean_the_same_on_vllm_s_command_line(tmp_path):

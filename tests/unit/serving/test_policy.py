@@ -114,6 +114,18 @@ def test_longer_prompts_never_get_fewer_replicas(rate: float, prompt: int, facto
     assert more.decode.needed >= less.decode.needed
 
 
+def test_demand_that_few_requests_show_may_be_chance_and_grows_less_than_what_many_show() -> None:
+    def arrive_for(seconds: float, rate: float) -> Arrivals:
+        return Arrivals(seconds, Lengths.of_requests((1000, 100) for _ in range(round(rate * seconds))))
+
+    few, many = (
+        [decide_once(observe(arrive_for(seconds, rate))).prefill.needed for rate in range(5, 60, 5)]
+        for seconds in (2, 2000)
+    )
+    assert all(less <= more for less, more in zip(few, many, strict=True))
+    assert sum(many) > sum(few)
+
+
 def test_a_longer_tail_of_the_same_mean_gets_more_prefill() -> None:
     even = decide_once(observe(arrive(50, 1000)))
     tail = decide_once(observe(arrive(50, [200] * 9 + [8200])))

@@ -21,7 +21,8 @@ ROWS = (
     Row("ttft-added", "one stream, a small model: TTFT added by gateway and Ray Serve, ms", 10, False),
     Row(
         "flood",
-        "short chats in a flood of long prompts: TPOT p99 of two pools over one engine's, best chunks",
+        "short chats in a flood of long prompts, float32: TPOT p99 of two pools over that of one engine with the best "
+        "chunks that begin chats in time",
         0.5,
         False,
     ),

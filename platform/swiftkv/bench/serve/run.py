@@ -130,17 +130,20 @@ class ServeBench:
             return list(take_turns(sides, self.plan.pairs, self.on_stage, name))
 
     def measure_flood(self) -> Result:
-        """The best chunk size first; then one engine with it and two pools, both up, in turns."""
+        """The best way to cut long prompts first; then one engine with it and two pools, both up, in turns."""
         plan, model = self.plan, self._write_model(TRAINING_SHAPE)
-        # Eager on both sides: compiling for each chunk size takes longer than trying it.
-        update = {"cpu_cores": "0,1", "max_num_seqs": 32, "max_model_len": _CONTEXT, "enforce_eager": True}
-        one = plan.settings.model_copy(update=update)
-        tried = flood.try_chunk_sizes(model, one, plan.flood_load, self.on_stage)
-        best = min(tried, key=lambda size: tried[size].chat_tpot_p99_s)
-        self.figures["flood_by_chunk_size"] = {size: asdict(outcome) for size, outcome in tried.items()}
-        self.figures["flood_best_chunk_size"] = best
-        one = one.model_copy(update={"max_num_batched_tokens": best})
-        with run_bare_server(model, one, in_one_process=True) as one_url, run_platform(self.on_stage) as platform:
+        # In float32, where a chunk is felt by those that decode; in bfloat16 with AMX one of 64 tokens is nearly free,
+        # and two pools gain nothing in TPOT. Eager on both sides: compiling for each chunk takes longer than trying it.
+        update = {"dtype": "float32", "cpu_cores": "0,1", "max_num_seqs": 32, "max_model_len": _CONTEXT}
+        one = plan.settings.model_copy(update=update | {"enforce_eager": True})
+        tried = flood.try_chunkings(model, one, plan.flood_load, self.on_stage)
+        best = flood.choose_best(tried)
+        self.figures["flood_by_chunking"] = {str(chunking): asdict(outcome) for chunking, outcome in tried.items()}
+        self.figures["flood_best_chunking"] = str(best)
+        with (
+            run_bare_server(model, best.apply(one), in_one_process=True) as one_url,
+            run_platform(self.on_stage) as platform,
+        ):
             pair_url = flood.deploy_pair(platform, model, one)
             sides = [flood.seeded(url, plan.flood_load) for url in (one_url, pair_url)]
             outcomes = take_turns(sides, plan.flood_pairs, self.on_stage, "flood")
