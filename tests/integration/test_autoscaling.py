@@ -9,7 +9,7 @@ import urllib.request
 import psutil
 import pytest
 
-from swiftkv.bench.scaling_shapes import build_application, read_decisions, send_load
+from swiftkv.bench.serve.shapes import build_application, read_decisions, send_load
 from swiftkv.bench.shape_load import LoadPlan, name_application
 from swiftkv.cluster import choose_ports, start_cluster, stop_cluster
 from swiftkv.serving.deploy import deploy_config

@@ -3,7 +3,7 @@
     python -m swiftkv.bench.shape_load < PLAN > OUTCOME          in a cluster's environment (`Cluster.environment`)
 
 Requests go straight to each application's decode deployment, as the gateway's do; no HTTP is between.
-Called by: bench/scaling_shapes.py. Calls: capacity/load_shapes.py, Ray Serve.
+Called by: bench/serve/shapes.py. Calls: capacity/load_shapes.py, Ray Serve.
 """
 
 import asyncio

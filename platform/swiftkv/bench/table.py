@@ -80,6 +80,12 @@ class Result:
             "measured": self.student,
         }
 
+    @classmethod
+    def from_json(cls, entry: dict[str, Any], row: Row) -> "Result":
+        """The row as it was measured at another time."""
+        ratio = Ratio(entry["median"], entry["low"], entry["high"], entry["pairs"])
+        return cls(row, ratio, entry["over"], entry["measured"])
+
 
 def build_markdown(results: Sequence[Result]) -> str:
     """The table in Markdown."""

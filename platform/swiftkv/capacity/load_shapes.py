@@ -1,7 +1,7 @@
 """How load changes over time: ten shapes of requests per second, prompt lengths and answer lengths.
 
 Each changes for a while and is then held, so that there is a size to find. Sends nothing.
-Called by: capacity/fleet.py, bench/scaling_shapes.py.
+Called by: capacity/fleet.py, bench/serve/shapes.py.
 """
 
 import math

@@ -1,6 +1,6 @@
 """The policy in a closed loop with the simulated fleet, the best size by trying sizes, and what counts as oscillating.
 
-Called by: bench/scaling_shapes.py, tests. Calls: capacity/fleet.py, serving/policy/decision.py.
+Called by: bench/serve/shapes.py, tests. Calls: capacity/fleet.py, serving/policy/decision.py.
 """
 
 import itertools

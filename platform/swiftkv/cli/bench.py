@@ -10,14 +10,15 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
+from swiftkv.bench.serve.rows import ROW_BY_NAME as SERVE_ROW_BY_NAME
 from swiftkv.bench.serve.rows import ROW_NAMES as SERVE_ROW_NAMES
-from swiftkv.bench.table import ROW_NAMES, Result, build_markdown, draw
+from swiftkv.bench.table import ROW_NAMES, Result, Row, build_markdown, draw
 from swiftkv.errors import ConfigError, EngineError
 
 bench_app = typer.Typer(help="Measure what the README claims, on this machine.", no_args_is_help=True)
@@ -69,12 +70,15 @@ def engine(
 def serve(
     rows: Annotated[str, typer.Option(help=f"all, or some of {', '.join(SERVE_ROW_NAMES)}, with commas.")] = "all",
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")] = None,
-    report: Annotated[Path | None, typer.Option(help="Also write numbers.json, table.md and table.png here.")] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(help="Also write numbers.json, table.md and table.png here; rows of earlier runs stay in them."),
+    ] = None,
     pairs: Annotated[int, typer.Option(help="Pairs of loads that take turns, in the two rows of overhead.", min=1)] = 7,
 ) -> None:
     """Two pools, the gateway and the policy against one engine and vLLM's own server: real engines, random weights.
 
-    Needs two CPU cores, on which nothing else runs.
+    Needs two CPU cores, on which nothing else runs. All rows take about an hour and a half.
     """
     names = _parse_rows(rows, SERVE_ROW_NAMES)
     from swiftkv.bench.serve.run import Plan, ServeBench
@@ -82,8 +86,10 @@ def serve(
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="swiftkv-bench-") as folder:
         bench = ServeBench(Plan(pairs=pairs), Path(folder), _stage)
+        if report is not None:
+            _check_hardware(report, bench.figures["hardware"])
         results = bench.measure_rows(names)
-    _publish(results, bench.figures, started, "Serving from two pools", json_file, report)
+    _publish(results, bench.figures, started, "Serving from two pools", json_file, report, SERVE_ROW_BY_NAME)
 
 
 @bench_app.command()
@@ -131,11 +137,14 @@ def _publish(
     title: str,
     json_file: Path | None,
     report: Path | None,
+    kept_rows: Mapping[str, Row] | None = None,
 ) -> None:
-    """Print the figures and the table, and write the files asked for."""
+    """Print the figures and the table, and write the files asked for. Of `kept_rows` the report keeps those that it has
+    and that were not measured now, each with the command that did."""
+    command = shlex.join(["swiftkv", *sys.argv[1:]])
     figures = figures | {
-        "rows": [result.to_json() for result in results],
-        "command": shlex.join(["swiftkv", *sys.argv[1:]]),
+        "rows": [result.to_json() | {"command": command} for result in results],
+        "command": command,
         "minutes": round((time.monotonic() - started) / 60, 1),
     }
     typer.echo(json.dumps(figures, indent=2))
@@ -143,7 +152,26 @@ def _publish(
     if json_file is not None:
         _write_json(json_file, figures)
     if report is not None:
+        if kept_rows is not None and (report / "numbers.json").exists():
+            figures, results = _keep_rows(report / "numbers.json", figures, kept_rows)
         _write_report(report, figures, results, title)
+
+
+def _keep_rows(path: Path, figures: dict[str, Any], rows: Mapping[str, Row]) -> tuple[dict[str, Any], list[Result]]:
+    """The figures with those of an earlier report beside them, and all rows in the table's order."""
+    earlier = json.loads(path.read_text(encoding="utf-8"))
+    entries = {entry["row"]: entry for entry in [*earlier["rows"], *figures["rows"]]}
+    kept = [entries[name] for name in rows if name in entries]
+    return earlier | figures | {"rows": kept}, [Result.from_json(entry, rows[entry["row"]]) for entry in kept]
+
+
+def _check_hardware(report: Path, hardware: str) -> None:
+    try:
+        before = json.loads((report / "numbers.json").read_text(encoding="utf-8"))["hardware"]
+    except FileNotFoundError:
+        return
+    if before != hardware:
+        raise ConfigError(f"{report} holds figures of {before}; this is {hardware}. Give another folder to --report.")
 
 
 def _parse_rows(text: str, known: Sequence[str]) -> list[str]:
@@ -167,7 +195,8 @@ def _check_device(device: str) -> None:
 
 def _write_report(folder: Path, figures: dict[str, Any], results: list[Result], title: str) -> None:
     _write_json(folder / "numbers.json", figures)
-    heading = f"{figures['hardware']}; `{figures['command']}`\n\n"
+    commands = dict.fromkeys(entry["command"] for entry in figures["rows"])
+    heading = f"{figures['hardware']}; {', '.join(f'`{command}`' for command in commands)}\n\n"
     (folder / "table.md").write_text(heading + build_markdown(results), encoding="utf-8")
     draw(results, f"{title}, {figures['hardware']}", folder / "table.png")
     _stage(f"report: {folder}")

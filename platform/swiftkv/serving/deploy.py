@@ -55,7 +55,7 @@ def deploy(cluster: Cluster, settings: ServeSettings, on_progress: Progress = la
     client.deploy_applications(build_serve_config(settings))
     _wait_until_running(client, cluster, [APPLICATION], on_progress)
     on_progress("answering a first request")
-    _send_first_request(settings)
+    _send_first_request(cluster, settings)
     return settings
 
 
@@ -173,7 +173,7 @@ def _wait_for_version(client: Any, name: str, rollout: RolloutSettings, on_progr
     raise EngineError(f"{name}: no version of {rollout.model} ran in time.")
 
 
-def _send_first_request(settings: ServeSettings) -> None:
+def _send_first_request(cluster: Cluster, settings: ServeSettings) -> None:
     # The first one takes seconds: vLLM and Serve set up on it what they then keep. No user should meet that.
     body = json.dumps({"model": settings.model_id, "prompt": "a", "max_tokens": 1}).encode()
     request = urllib.request.Request(
@@ -182,7 +182,9 @@ def _send_first_request(settings: ServeSettings) -> None:
     try:
         urllib.request.urlopen(request, timeout=FIRST_REQUEST_TIMEOUT_S).close()
     except OSError as error:  # HTTP errors, refused connections and time-outs are all kinds of it
-        raise EngineError(f"the engine is up but {settings.base_url} does not answer: {error}") from error
+        lines = [f"the engine is up but {settings.base_url} does not answer: {error}"]
+        lines += [f"  {line}" for line in find_engine_errors(cluster.folder)[-_NUM_ERROR_LINES:]]
+        raise EngineError("\n".join(lines)) from error
 
 
 def _describe_state(application: dict[str, Any]) -> str:

@@ -3,7 +3,7 @@ achieved rates of the pools' hardware.
 
 Whoever deploys a pair so writes only targets and what is special; what replicas measure corrects the costs later. Reads
 the model's sizes and nothing else; decides nothing.
-Called by: serving/autoscaling.py, serving/policy_check.py, bench/scaling_shapes.py.
+Called by: serving/autoscaling.py, serving/policy_check.py, bench/serve/shapes.py.
 Calls: serving/source.py, serving/hardware.py, serving/policy.
 """
 

@@ -1,5 +1,9 @@
 """What the serving bench makes of answers and arguments; the loads themselves need engines."""
 
+import json
+from pathlib import Path
+
+from typer.testing import CliRunner
 from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -7,7 +11,9 @@ from swiftkv.bench.serve.flood import CHAT_ROOM_TOKENS, Chunking, Flood, Outcome
 from swiftkv.bench.serve.run import Plan
 from swiftkv.bench.serve.servers import list_options
 from swiftkv.bench.serve.tokens import Expected, count_differences, draw_prompts
+from swiftkv.cli.bench import bench_app
 from swiftkv.engine.settings import EngineSettings
+from swiftkv.errors import ConfigError
 
 
 def test_only_differences_that_rounding_cannot_explain_count():
@@ -67,3 +73,22 @@ def test_a_plan_has_one_core_for_each_engine_that_is_compared():
     settings = Plan().settings
     assert settings.cpu_cores == "0"
     assert not settings.enable_prefix_caching  # a prompt of the second round must cost what it cost in the first
+
+
+def test_a_report_keeps_the_rows_of_earlier_runs_on_the_same_hardware(tmp_path: Path):
+    command = ["serve", "--rows", "policy", "--report", str(tmp_path)]
+    assert CliRunner().invoke(bench_app, command, catch_exceptions=False).exit_code == 0
+    numbers = json.loads((tmp_path / "numbers.json").read_text())
+    (policy,) = numbers["rows"]
+    numbers["rows"] = [policy | {"row": "growth", "command": "an earlier one"}, policy | {"median": 1000.0}]
+    (tmp_path / "numbers.json").write_text(json.dumps(numbers | {"growth_sizes": [1, 2, 1]}))
+    assert CliRunner().invoke(bench_app, command, catch_exceptions=False).exit_code == 0
+    kept = json.loads((tmp_path / "numbers.json").read_text())
+    assert [entry["row"] for entry in kept["rows"]] == ["growth", "policy"]
+    assert kept["rows"][1]["median"] < 1000 and kept["growth_sizes"] == [1, 2, 1]
+    table = (tmp_path / "table.md").read_text()
+    assert "an earlier one" in table and "requests lost" in table
+
+    (tmp_path / "numbers.json").write_text(json.dumps(numbers | {"hardware": "an abacus"}))
+    refused = CliRunner().invoke(bench_app, command)
+    assert isinstance(refused.exception, ConfigError) and "an abacus" in str(refused.exception)

@@ -80,6 +80,11 @@ def send_flood(base_url: str, flood: Flood, seed: int) -> Outcome:
     return _summarise(take_completed(answers, _CHAT), take_completed(answers, _LONG))
 
 
+def warm_up(base_url: str, flood: Flood) -> None:
+    """A short flood: the first use of an engine is slower."""
+    send_flood(base_url, replace(flood, duration_s=5), seed=1_000_000)
+
+
 def _summarise(chats: list[Answer], longs: list[Answer]) -> Outcome:
     tpots = [answer.tpot_s for answer in chats]
     long_ttfts = [answer.ttft_s for answer in longs]
@@ -121,7 +126,7 @@ def try_chunkings(model: Path, settings: EngineSettings, flood: Flood, on_stage:
     for chunking in (Chunking(tokens, has_room) for has_room in (False, True) for tokens in CHUNK_SIZES):
         on_stage(f"one engine, {chunking}")
         with run_bare_server(model, chunking.apply(settings), in_one_process=True) as base_url:
-            send_flood(base_url, replace(flood, duration_s=5), seed=1000)  # the first use of an engine is slower
+            warm_up(base_url, flood)
             outcomes[chunking] = send_flood(base_url, flood, seed=0)
     return outcomes
 

@@ -33,8 +33,18 @@ ROWS = (
         False,
     ),
     Row("growth", "real engines, 1 to 2 decode replicas and back by the policy under load: requests lost", 0, False),
+    Row(
+        "shapes",
+        "ten load shapes on Ray Serve's controller, stand-in engines: replicas between final and best size, the worst",
+        1,
+        False,
+    ),
+    Row("shapes-turns", "the same: times a pool turned from growing to shrinking or back in 10 minutes", 0, False),
+    Row("shapes-lost", "the same: requests lost", 0, False),
     Row("policy", "the policy's decision for 1,000 replicas, ms", 10, False),
     Row("prefill-weights", "bytes of weights in a running prefill engine over those in a whole one", 0.58, False),
 )
 ROW_NAMES = tuple(row.name for row in ROWS)
+SHAPES_ROW_NAMES = ("shapes", "shapes-turns", "shapes-lost")
+"""Of one load."""
 ROW_BY_NAME = {row.name: row for row in ROWS}

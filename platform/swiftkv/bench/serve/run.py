@@ -13,8 +13,8 @@ from swiftkv.bench.models import EIGHT_LAYER_SHAPE, LAPTOP_SHAPE, NARROW_8B_SHAP
 from swiftkv.bench.pairs import OnStage, describe_processor, take_turns
 from swiftkv.bench.policy import time_decision
 from swiftkv.bench.ratios import compute_ratio, summarise_values
-from swiftkv.bench.serve import flood, growth, overhead, tenants, tokens, weights
-from swiftkv.bench.serve.rows import ROW_BY_NAME
+from swiftkv.bench.serve import flood, growth, overhead, shapes, tenants, tokens, weights
+from swiftkv.bench.serve.rows import ROW_BY_NAME, SHAPES_ROW_NAMES
 from swiftkv.bench.serve.servers import build_gateway, build_version, run_bare_server, run_platform
 from swiftkv.bench.table import Result
 from swiftkv.engine.settings import EngineSettings
@@ -76,6 +76,9 @@ class ServeBench:
             results.append(self.measure_tenants())
         if "growth" in names:
             results.append(self.measure_growth())
+        if shapes_names := [name for name in SHAPES_ROW_NAMES if name in names]:
+            of_shapes, self.figures["shapes"] = shapes.measure_shapes(shapes.build_plan(), self.on_stage)
+            results += [result for result in of_shapes if result.row.name in shapes_names]
         if "policy" in names:
             took_ms = 1e3 * time_decision(1000)
             results.append(
@@ -144,8 +147,10 @@ class ServeBench:
             run_bare_server(model, best.apply(one), in_one_process=True) as one_url,
             run_platform(self.on_stage) as platform,
         ):
-            pair_url = flood.deploy_pair(platform, model, one)
-            sides = [flood.seeded(url, plan.flood_load) for url in (one_url, pair_url)]
+            urls = (one_url, flood.deploy_pair(platform, model, one))
+            for url in urls:
+                flood.warm_up(url, plan.flood_load)
+            sides = [flood.seeded(url, plan.flood_load) for url in urls]
             outcomes = take_turns(sides, plan.flood_pairs, self.on_stage, "flood")
         for who, values in zip(("one_engine", "two_pools"), outcomes, strict=True):
             self.figures[f"flood_{who}"] = [asdict(outcome) for outcome in values]
@@ -160,7 +165,11 @@ class ServeBench:
             pool = {"model": str(model), "engine": plan.settings.model_dump(exclude_defaults=True)}
             gateway = build_gateway(["version"], tenants.CAPACITY, tenants_file=str(self.folder / "tenants.yaml"))
             url = platform.deploy([build_version("pool", pool), gateway])
-            sides = [tenants.seeded(url, keys, plan.sharing, factor) for factor in (1, tenants.FLOOD_FACTOR)]
+            share_per_s = tenants.measure_share(url, keys, plan.sharing)
+            self.figures["tenants_share_requests_per_s"] = share_per_s
+            sides = [
+                tenants.seeded(url, keys, plan.sharing, share_per_s, factor) for factor in (1, tenants.FLOOD_FACTOR)
+            ]
             fair, flooded = take_turns(sides, plan.sharing_pairs, self.on_stage, "tenants")
         return _compare("tenants", flooded, fair, "s")
 

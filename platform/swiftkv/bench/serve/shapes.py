@@ -3,29 +3,27 @@
 Ray, the controller, the policy, the replicas' reports and the clock are real; engines are stand-ins whose service times
 follow from the model's spec and a core's measured rates. The best size comes from trying sizes in virtual time.
 
-    python -m swiftkv.bench.scaling_shapes [--json FILE] [SHAPE ...]
-
-Called by: the command above. Calls: bench/stand_ins.py, bench/shape_load.py, capacity/sizing.py, cluster.
+Called by: bench/serve/run.py. Calls: bench/stand_ins.py, bench/shape_load.py, capacity/sizing.py, cluster.
 """
 
-import argparse
 import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
 from swiftkv.bench.models import LAPTOP_SHAPE
-from swiftkv.bench.ratios import Ratio
+from swiftkv.bench.pairs import OnStage
+from swiftkv.bench.ratios import summarise_values
+from swiftkv.bench.serve.rows import ROW_BY_NAME
+from swiftkv.bench.serve.servers import run_platform
 from swiftkv.bench.shape_load import LoadPlan, RequestOutcome, name_application
-from swiftkv.bench.table import Result, Row
+from swiftkv.bench.table import Result
 from swiftkv.capacity.load_shapes import build_shapes
 from swiftkv.capacity.sizing import count_reversals, find_best
-from swiftkv.cluster import Cluster, choose_ports, start_cluster, stop_cluster
+from swiftkv.cluster import Cluster, choose_ports
 from swiftkv.errors import ClusterError
 from swiftkv.serving.deploy import deploy_config
 from swiftkv.serving.hardware import CPU
@@ -33,17 +31,6 @@ from swiftkv.serving.pair_policy import RATES
 from swiftkv.serving.policy.costs import Costs, Hardware, build_costs
 from swiftkv.serving.policy.settings import POOLS, PolicySettings, Pool, PoolLimits, Targets
 from swiftkv.spec import SwiftKVSpec
-
-SIZE_ROW = Row(
-    "shapes",
-    "ten load shapes on Ray Serve's controller, stand-in engines: replicas between the final size and the best, worst",
-    1,
-    is_least=False,
-)
-TURNS_ROW = Row(
-    "shapes-turns", "the same: times a pool turned from growing to shrinking or back in 10 minutes", 0, False
-)
-LOST_ROW = Row("shapes-lost", "the same: requests lost", 0, is_least=False)
 
 MAX_REPLICAS = 12
 STARTUP_S = 15.0
@@ -57,21 +44,13 @@ MAX_SENT_LATE_S = 0.25
 MAX_LATE_FRAC = 0.05
 """How much too long the stand-ins' work may be on average."""
 
-Progress = Callable[[str], None]
 Sizes = dict[str, dict[Pool, list[tuple[float, int]]]]
 """By shape and pool: when, by the monotonic clock, and how many replicas the controller wanted."""
 
 
-def build_plan(shapes: Sequence[str] | None = None, held_s: float = 720) -> LoadPlan:
-    """Two minutes in which the shapes change, then `held_s` at the last level."""
-    return LoadPlan(
-        shapes=list(shapes or build_shapes()),
-        rate_frac=0.25,
-        tokens_frac=0.25,
-        settled_s=120,
-        until_s=120 + held_s,
-        seed=1,
-    )
+def build_plan() -> LoadPlan:
+    """Two minutes in which the shapes change, then twelve at the last level."""
+    return LoadPlan(shapes=list(build_shapes()), rate_frac=0.25, tokens_frac=0.25, settled_s=120, until_s=840, seed=1)
 
 
 def build_settings() -> PolicySettings:
@@ -86,13 +65,14 @@ def build_settings() -> PolicySettings:
     )
 
 
-def measure_shapes(plan: LoadPlan, say: Progress) -> tuple[list[Result], dict[str, Any]]:
+def measure_shapes(plan: LoadPlan, say: OnStage) -> tuple[list[Result], dict[str, Any]]:
     """Rows and figures. Starts a cluster of its own and stops it. Takes the plan's time and about three minutes.
 
     Raises: ClusterError if the cluster does not start, or the machine did not keep up, so that figures mean nothing.
     """
     settings = build_settings()
-    with run_cluster() as cluster:
+    with run_platform(say) as platform:
+        cluster = platform.cluster
         say(f"deploying {len(plan.shapes)} applications of stand-ins")
         deploy_stand_ins(cluster, plan, settings)
         began_s, outcomes, sizes = send_load(cluster, plan, say)
@@ -113,16 +93,6 @@ def measure_shapes(plan: LoadPlan, say: Progress) -> tuple[list[Result], dict[st
     }
     check_lateness(lateness)
     return build_results(shapes), figures
-
-
-@contextmanager
-def run_cluster() -> Iterator[Cluster]:
-    """A cluster that ends with the block."""
-    cluster = start_cluster()
-    try:
-        yield cluster
-    finally:
-        stop_cluster(cluster)
 
 
 def deploy_stand_ins(cluster: Cluster, plan: LoadPlan, settings: PolicySettings) -> None:
@@ -147,7 +117,7 @@ def build_application(shape: str, settings: PolicySettings, initial_replicas: in
     }
 
 
-def send_load(cluster: Cluster, plan: LoadPlan, say: Progress) -> tuple[float, dict[str, list[RequestOutcome]], Sizes]:
+def send_load(cluster: Cluster, plan: LoadPlan, say: OnStage) -> tuple[float, dict[str, list[RequestOutcome]], Sizes]:
     """When it began, every request's outcome, and the sizes meanwhile. Raises: ClusterError if the sender failed."""
     sender = subprocess.Popen(
         [sys.executable, "-m", "swiftkv.bench.shape_load"],
@@ -171,7 +141,7 @@ def send_load(cluster: Cluster, plan: LoadPlan, say: Progress) -> tuple[float, d
     return began_s, outcomes, sizes
 
 
-def watch_sizes(cluster: Cluster, plan: LoadPlan, began_s: float, say: Progress) -> Sizes:
+def watch_sizes(cluster: Cluster, plan: LoadPlan, began_s: float, say: OnStage) -> Sizes:
     """Both pools' target sizes until the load is over."""
     from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 
@@ -268,33 +238,11 @@ def build_results(shapes: dict[str, dict[str, Any]]) -> list[Result]:
     requests = sum(found["requests"] for found in shapes.values())
     exact = sum(pool["final"] == pool["best"] for pool in pools)
 
-    def result(row: Row, value: float, measured: str, over: str) -> Result:
-        return Result(row, Ratio(value, value, value, [value]), over, measured)
-
     return [
-        result(SIZE_ROW, worst, f"{exact} of {len(pools)} pools exactly the best", "best size in virtual time"),
-        result(TURNS_ROW, turns, f"{turns} turns", f"{len(pools)} pools, 10 minutes"),
-        result(LOST_ROW, lost, f"{lost} lost", f"{requests} requests"),
-    ]
-
-
-def main() -> None:
-    """The command above."""
-    parser = argparse.ArgumentParser(description="Ten load shapes on Ray Serve's controller with the policy.")
-    parser.add_argument("shapes", nargs="*", help="names of shapes; all by default")
-    parser.add_argument("--json", type=Path, help="write the figures here")
-    parser.add_argument("--held-s", type=float, default=720, help="seconds at the last level; 720")
-    arguments = parser.parse_args()
-    plan = build_plan(arguments.shapes, arguments.held_s)
-    results, figures = measure_shapes(plan, lambda text: print(text, file=sys.stderr, flush=True))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(figures, indent=1), encoding="utf-8")
-    print(json.dumps({"shapes": figures["shapes"], "lateness": figures["lateness"]}, indent=1))
-    for result in results:
-        print(
-            result.row.name, result.ratio.median, result.row.limit, result.is_met, result.student, "/", result.teacher
+        Result(ROW_BY_NAME[name], summarise_values([value]), over, measured)
+        for name, value, over, measured in (
+            ("shapes", worst, "best size in virtual time", f"{exact} of {len(pools)} pools exactly the best"),
+            ("shapes-turns", turns, f"{len(pools)} pools, 10 minutes", f"{turns} turns"),
+            ("shapes-lost", lost, f"{requests} requests", f"{lost} lost"),
         )
-
-
-if __name__ == "__main__":
-    main()
+    ]
