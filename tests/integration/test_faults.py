@@ -359,9 +359,9 @@ def test_slow_clients_hold_up_nobody(fleet, under_load, report):
     assert grown < 100e6
 
 
-@pytest.mark.parametrize("stage", ["decode", "prefill"])
+@pytest.mark.parametrize("stage", ["decode", "prefill", "whole"])
 def test_engines_stop_for_clients_that_leave(fleet, report, stage):
-    """In the middle of an answer, and of a long prompt of which each step has STEP_TOKENS."""
+    """In the middle of a stream, of a long prompt of which each step has STEP_TOKENS, and of an answer sent whole."""
     engines = fleet.find_engines("Decode:") + fleet.find_engines("Prefill:")
     wait_until_idle(engines, timeout_s=30)
     seconds = []
@@ -370,8 +370,13 @@ def test_engines_stop_for_clients_that_leave(fleet, report, stage):
             stream = open_stream(fleet, 400 + seed, 300)
             next(iter(stream))
             stream.close()
-        else:
+        elif stage == "prefill":
             leave_while_prefilling(fleet, engines, seed)
+        else:
+            with pytest.raises(openai.APITimeoutError):
+                body = build_body(random_prompt_ids(random.Random(600 + seed), 100), 1000)
+                extra = {key: body.pop(key) for key in ("ignore_eos", "return_token_ids")}
+                fleet.client.completions.create(**body, extra_body=extra, timeout=0.5)
         seconds.append(round(wait_until_idle(engines, timeout_s=20), 3))
     report[f"cancelled_in_{stage}_engine_idle_s"] = seconds
     print(f"\n{stage}: engines idle after {seconds}")

@@ -78,7 +78,8 @@ def serve(
 ) -> None:
     """Two pools, the gateway and the policy against one engine and vLLM's own server: real engines, random weights.
 
-    Needs two CPU cores, on which nothing else runs. All rows take about an hour and a half.
+    Needs two CPU cores, on which nothing else runs. All rows take about two hours, `shapes` and `flood` half an hour
+    each.
     """
     names = _parse_rows(rows, SERVE_ROW_NAMES)
     from swiftkv.bench.serve.run import Plan, ServeBench

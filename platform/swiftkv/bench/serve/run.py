@@ -77,7 +77,7 @@ class ServeBench:
         if "growth" in names:
             results.append(self.measure_growth())
         if shapes_names := [name for name in SHAPES_ROW_NAMES if name in names]:
-            of_shapes, self.figures["shapes"] = shapes.measure_shapes(shapes.build_plan(), self.on_stage)
+            of_shapes, self.figures["shapes"] = shapes.measure_shapes(self.on_stage)
             results += [result for result in of_shapes if result.row.name in shapes_names]
         if "policy" in names:
             took_ms = 1e3 * time_decision(1000)
