@@ -5,9 +5,11 @@ Called by: cluster/lifecycle.py, for every cluster, because Serve reads these on
 
 HAProxy passes bytes where Serve's own proxy is a Python process that every token goes through. Ray 2.60 gives
 its sockets fixed paths below /tmp and binds its two status pages to every address; neither may be shared with
-another cluster or reached from outside.
+another cluster or reached from outside. Where no replica answers, or one dies before it does, HAProxy answers itself:
+in plain text, which is not what clients of an OpenAI-compatible endpoint read.
 """
 
+import json
 from pathlib import Path
 
 NUM_PORTS = 3
@@ -15,11 +17,19 @@ NUM_PORTS = 3
 _START_SCRIPT = """#!/bin/sh
 # Ray writes the configuration file anew before each start and names it with -f.
 for word in "$@"; do
-  [ "$previous" = -f ] && sed -i -E 's/^( *bind )[*]?:/\\1127.0.0.1:/' "$word"
+  [ "$previous" = -f ] && sed -i -E \\
+    -e 's/^( *bind )[*]?:/\\1127.0.0.1:/' \\
+    -e 's#^( *errorfile [0-9]+ ).*#\\1{unavailable}#' "$word"
   previous=$word
 done
 exec '{binary}' "$@"
 """
+_UNAVAILABLE = {
+    "message": "the replica that had the request is gone, or none runs; try again.",
+    "type": "overloaded_error",
+    "param": None,
+    "code": "unavailable",
+}
 
 
 def prepare_haproxy(folder: Path, ports: list[int]) -> dict[str, str]:
@@ -34,7 +44,9 @@ def prepare_haproxy(folder: Path, ports: list[int]) -> dict[str, str]:
     except (ImportError, OSError):
         return {}
     script = folder / "haproxy"
-    script.write_text(_START_SCRIPT.format(binary=binary), encoding="utf-8")
+    unavailable = folder / "unavailable.http"
+    unavailable.write_bytes(_build_unavailable())
+    script.write_text(_START_SCRIPT.format(binary=binary, unavailable=unavailable), encoding="utf-8")
     script.chmod(0o700)
     files = folder / "h"
     statistics, metrics, fallback = ports
@@ -51,3 +63,15 @@ def prepare_haproxy(folder: Path, ports: list[int]) -> dict[str, str]:
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback),
         "RAY_SERVE_HAPROXY_NBTHREAD": "1",
     }
+
+
+def _build_unavailable() -> bytes:
+    """The answer, as it goes over the wire."""
+    body = json.dumps({"error": _UNAVAILABLE}).encode()
+    head = (
+        "HTTP/1.1 503 Service Unavailable",
+        "Content-Type: application/json",
+        "Retry-After: 1",
+        f"Content-Length: {len(body)}",
+    )
+    return "\r\n".join(head).encode() + b"\r\n\r\n" + body

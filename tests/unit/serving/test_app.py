@@ -1,10 +1,15 @@
 """What a pool's settings become for Ray Serve LLM and vLLM."""
 
+import json
 import os
 
+import httpx
+
 from swiftkv.cluster.haproxy import NUM_PORTS, prepare_haproxy
+from swiftkv.cluster.ports import choose_ports
 from swiftkv.engine.settings import EngineSettings
 from swiftkv.serving.config import PoolSettings
+from swiftkv.serving.gateway.refusals import refuse
 from swiftkv.serving.pools import configure_pool
 
 
@@ -73,6 +78,32 @@ def test_haproxy_starts_with_every_port_on_loopback(tmp_path):
         "bind 127.0.0.1:20001",
         "bind 127.0.0.1:20002",
     ]
+
+
+def test_haproxy_refuses_as_openai_does_where_no_replica_answers(tmp_path):
+    """The real program, with Ray's plain answer in its configuration and nothing behind it."""
+    import subprocess
+
+    port, nobody, *others = choose_ports(2 + NUM_PORTS)
+    environment = prepare_haproxy(tmp_path, others)
+    (tmp_path / "500.http").write_bytes(b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: 0\r\n\r\n")
+    errors = "".join(f"  errorfile {status} {tmp_path}/500.http\n" for status in (502, 503, 504))
+    timeouts = "".join(f"  timeout {what} 2s\n" for what in ("client", "connect", "server"))
+    listen = f"listen a\n  bind *:{port}\n  server gone 127.0.0.1:{nobody}\n"
+    config = tmp_path / "haproxy.cfg"
+    config.write_text(f"defaults\n  mode http\n{timeouts}{errors}{listen}")
+    haproxy = subprocess.Popen([environment["RAY_SERVE_HAPROXY_BINARY_PATH"], "-db", "-f", str(config)])
+    try:
+        with httpx.Client(transport=httpx.HTTPTransport(retries=20)) as client:  # it is still starting
+            answer = client.post(f"http://127.0.0.1:{port}/v1/completions", json={}, timeout=10)
+    finally:
+        haproxy.terminate()
+        haproxy.wait()
+    assert answer.status_code == 503
+    assert answer.headers["retry-after"] == "1"
+    error = answer.json()["error"]
+    expected = refuse(503, error["message"], "unavailable")
+    assert answer.json() == json.loads(expected.body())
 
 
 def test_haproxy_keeps_its_files_in_the_cluster_s_folder(tmp_path):

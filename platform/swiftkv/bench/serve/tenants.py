@@ -20,8 +20,9 @@ from swiftkv.loadgen.replay import draw_poisson_arrivals, run_closed, run_open
 from swiftkv.serving.gateway.keys import create_key
 
 FLOOD_FACTOR = 20
-CAPACITY = {"max_in_flight_sequences": 16, "max_in_flight_prompt_tokens": 128}
-"""Two prompts: an engine takes them in its own order, so what it holds is what one tenant can be made to wait for."""
+CAPACITY = {"max_in_flight_sequences": 16, "max_in_flight_prompt_tokens": 64}
+"""One prompt: what the engine has in hand is what one tenant can be made to wait for. It costs the steps between one
+prompt's end and the next one's coming; the share is of what is left."""
 _VOCAB_SIZE = 8000
 _NUM_AT_ONCE, _NUM_TO_TIME = 16, 160
 
