@@ -23,6 +23,7 @@ class Metric:
     """Upper ends of a histogram's buckets."""
 
 
+_LENGTHS_TOKENS = tuple(float(1 << power) for power in range(4, 18))
 _LATENCIES_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 
@@ -74,6 +75,13 @@ METRICS = {
             "serving/autoscaling.py",
         ),
         Metric(
+            "swiftkv_policy_input",
+            "gauge",
+            "A figure that the policy's last decision rested on, by its name in the decision's log line.",
+            ("application", "pool", "input"),
+            "serving/autoscaling.py",
+        ),
+        Metric(
             "swiftkv_policy_decision_seconds",
             "gauge",
             "What the last decision took.",
@@ -93,6 +101,22 @@ METRICS = {
             "Prompts by where they were prefilled.",
             ("way",),
             "serving/decode.py",
+        ),
+        Metric(
+            "swiftkv_arrived_prompt_tokens",
+            "histogram",
+            "Prompt tokens of requests when they reach a decode replica, estimated where they are text.",
+            ("application",),
+            "serving/decode.py",
+            _LENGTHS_TOKENS,
+        ),
+        Metric(
+            "swiftkv_prefill_seconds_total",
+            "counter",
+            "What a prefill engine did: computing, waiting (prompts had no KV blocks, those of others being yet to be "
+            "fetched), exporting (nothing to compute, and KV yet to be fetched). Without work it counts nothing.",
+            ("doing",),
+            "serving/prefill.py",
         ),
         Metric("swiftkv_hop_failures_total", "counter", "Prompts the prefill pool failed at.", (), "serving/decode.py"),
         Metric(

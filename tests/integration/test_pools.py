@@ -5,17 +5,21 @@ that Serve reports.
 """
 
 import concurrent.futures
+import json
 import os
 import random
 import signal
 import time
 import urllib.request
 
+import httpx
 import openai
 import psutil
 import pytest
 from fakes import TinyShape, write_student
+from hypothesis import HealthCheck, given, settings
 from openai_answers import CHECKS, check_tools
+from openapi_bodies import PATHS, draw_bodies
 from reference import generate_greedy, load_weights
 
 from swiftkv.cluster import choose_ports, start_cluster, stop_cluster
@@ -161,6 +165,41 @@ def test_prompts_went_where_they_should(cluster, client):
     assert read_counter(cluster, "swiftkv_hop_prompts_total", way="local") >= 1
     assert read_counter(cluster, "swiftkv_hop_failures_total") == 0
     assert read_counter(cluster, "vllm_nixl_bytes_transferred_sum") > 0
+    assert read_counter(cluster, "swiftkv_hop_break_even_tokens") > 0
+    assert read_counter(cluster, "swiftkv_arrived_prompt_tokens_sum") >= sum(LENGTHS)
+
+
+def test_the_prefill_engine_s_time_is_told_apart(cluster):
+    """Some was computing, and no more than has passed since its process began."""
+    (pid,) = find_replicas(cluster, "Prefill:")
+    spent = {
+        doing: read_counter(cluster, "swiftkv_prefill_seconds_total", doing=doing)
+        for doing in ("computing", "waiting", "exporting")
+    }
+    print(f"\nprefill engine: {spent}")
+    assert spent["computing"] > 0
+    assert sum(spent.values()) < time.time() - psutil.Process(pid).create_time()
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_no_body_of_the_served_document_s_shape_gives_a_5xx(client, path):
+    """Through real engines; answers are kept short."""
+    root = str(client.base_url).removesuffix("/v1/")
+    shortened = {} if "tokenize" in path else {"max_tokens": 4}
+    statuses = []
+    with httpx.Client(timeout=60) as http:
+
+        @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+        @given(draw_bodies(http.get(f"{root}/openapi.json").json(), path))
+        def check(body):
+            body = {name: value for name, value in body.items() if name != "max_completion_tokens"}
+            answer = http.post(f"{root}{path}", content=json.dumps(body | {"model": "tiny"} | shortened))
+            statuses.append(answer.status_code)
+            assert answer.status_code < 500, (body, answer.text)
+
+        check()
+    print(f"\n{path}: {statuses.count(200)} of {len(statuses)} answered")
+    assert 200 in statuses
 
 
 def test_each_engine_has_its_own_core_and_leaves_it_when_it_has_nothing_to_do(cluster, client):

@@ -3,6 +3,7 @@
 Turns errors that a user can cause into one message and exit status 2. Called by: the `swiftkv` script.
 """
 
+import signal
 import sys
 
 import typer
@@ -36,6 +37,10 @@ app.add_typer(bench_app, name="bench")
 def main() -> None:
     """Run the command line; exit status 2 for what the user can mend, 130 for Ctrl-C."""
     keep_caches_at_home()
+    # A closed terminal or a supervisor's SIGTERM means the same: leave no cluster behind. (nohup's SIG_IGN stays.)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, signal.default_int_handler)
     try:
         app()
     except SwiftKVError as error:

@@ -5,7 +5,6 @@ Called by: cli/main.py. Calls: cluster, serving/deploy.py.
 
 import json
 import shlex
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -79,9 +78,6 @@ def run(deploy_to: Callable[[Cluster, Progress], list[str]], detach: bool, conso
     `deploy_to`: deploys to a cluster and returns the lines that say so.
     Raises: what `start_cluster` and `deploy_to` raise, after stopping; ClusterError if the cluster dies meanwhile.
     """
-    # A closed terminal or a supervisor's SIGTERM means the same as Ctrl-C: leave nothing behind.
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)
     existing = find_cluster()
     cluster = existing
     keep = False

@@ -29,12 +29,14 @@ import logging
 import math
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
 from ray.serve.autoscaling_policy import PrometheusQueryMixin
 
 from swiftkv.config import parse_settings
+from swiftkv.errors import CheckpointError, RegistryError
 from swiftkv.metrics import record
 from swiftkv.serving.config import PairSettings
 from swiftkv.serving.pair_policy import build_policy_settings
@@ -53,8 +55,9 @@ _PLACE = "autoscaling_policy.policy_kwargs.settings"
 
 PROMETHEUS_WINDOW_S = 60.0
 _RANGE = f"[{PROMETHEUS_WINDOW_S:.0f}s]"
-PROMPTS_QUERY = f"sum by (le, ReplicaId) (increase(ray_vllm_request_prompt_tokens_bucket{_RANGE}))"
-PROMPT_TOKENS_QUERY = f"sum by (ReplicaId) (increase(ray_vllm_request_prompt_tokens_sum{_RANGE}))"
+# Ours, of when requests come: vLLM's own histogram of prompts counts them when they end.
+PROMPTS_QUERY = f"sum by (le, application) (increase(ray_swiftkv_arrived_prompt_tokens_bucket{_RANGE}))"
+PROMPT_TOKENS_QUERY = f"sum by (application) (increase(ray_swiftkv_arrived_prompt_tokens_sum{_RANGE}))"
 FINISHED_QUERY = f"sum by (ReplicaId) (increase(ray_vllm_request_generation_tokens_count{_RANGE}))"
 COMPLETION_TOKENS_QUERY = f"sum by (ReplicaId) (increase(ray_vllm_request_generation_tokens_sum{_RANGE}))"
 QUERIES = [PROMPTS_QUERY, PROMPT_TOKENS_QUERY, FINISHED_QUERY, COMPLETION_TOKENS_QUERY]
@@ -88,8 +91,10 @@ class PoolPolicy(PrometheusQueryMixin):
             self._build_settings: Callable[[], PolicySettings] = lambda: complete
         else:
             parsed = parse_settings(pair, PairSettings, "autoscaling_policy.policy_kwargs.pair")
-            # When first needed: a controller that comes back must not depend on the registry.
             self._build_settings = cache(lambda: build_policy_settings(parsed, settings, _PLACE))
+            # Again when first needed: a controller that comes back must not depend on the registry.
+            with suppress(RegistryError, CheckpointError):
+                self._build_settings()
 
     def __call__(self, contexts: Contexts) -> tuple[dict[Any, int], dict[Any, dict[str, Any]]]:
         """Replicas of each of the two deployments, and what to remember for each."""
@@ -175,9 +180,18 @@ def tell(application: str, decision: Decision, before: dict[str, Any], took_s: f
         for code in CODES:
             is_given = float(f"{pool}:{code}" in codes)
             record("swiftkv_policy_reason", is_given, application=application, pool=pool, reason=code)
+        for name, value in decision.inputs["pools"][pool].items():
+            _record_input(application, pool, name, value)
+    for name, value in decision.inputs.items():
+        _record_input(application, "both", name, value)
     record("swiftkv_policy_predicted_ttft_seconds", decision.predicted_ttft_s, application=application)
     record("swiftkv_policy_predicted_tpot_seconds", decision.predicted_tpot_s, application=application)
     record("swiftkv_policy_decision_seconds", took_s, application=application)
+
+
+def _record_input(application: str, pool: str, name: str, value: Any) -> None:
+    if isinstance(value, int | float):
+        record("swiftkv_policy_input", value, application=application, pool=pool, input=name)
 
 
 def _read_pool(context: Any) -> PoolState:
@@ -221,17 +235,22 @@ def _read_arrivals(decode: Any, staleness_s: float) -> Arrivals | None:
 
 
 def _query_arrivals(decode: Any, prometheus: dict[str, Any], reported: Arrivals | None) -> Arrivals | None:
-    """What vLLM's own histograms say. They count prompt tokens whole; which of them are cached, only replicas know."""
+    """What came by our histogram and ended by vLLM's. They count prompt tokens whole; which of them are cached or too
+    few for the hop, only replicas know."""
     names = {replica.unique_id for replica in decode.running_replicas}
+
+    def find(query: str) -> list[Any]:
+        return [
+            sample
+            for sample in _find_samples(prometheus, query)
+            if sample.labels.get("ReplicaId") in names or sample.labels.get("application") == decode.app_name
+        ]
+
     prompt_tokens, finished, completion_tokens = (
-        sum(sample.value for sample in _find_samples(prometheus, query) if sample.labels.get("ReplicaId") in names)
+        sum(sample.value for sample in find(query))
         for query in (PROMPT_TOKENS_QUERY, FINISHED_QUERY, COMPLETION_TOKENS_QUERY)
     )
-    up_to: dict[float, float] = {}
-    for sample in _find_samples(prometheus, PROMPTS_QUERY):
-        if sample.labels.get("ReplicaId") in names:
-            edge = float(sample.labels["le"].replace("+Inf", "inf"))
-            up_to[edge] = up_to.get(edge, 0.0) + sample.value
+    up_to = {float(sample.labels["le"].replace("+Inf", "inf")): sample.value for sample in find(PROMPTS_QUERY)}
     if not up_to:
         return None
     total = reported.lengths.total if reported else Bucket()

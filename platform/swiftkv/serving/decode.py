@@ -4,7 +4,7 @@ Ray Serve LLM's decode server passes a failed prefill on to the client; this one
 a prefill pool that is empty, cold or broken makes answers slower and never takes them away. Generates nothing itself:
 both engines are vLLM's, and KV moves between them by NIXL.
 Called by: Ray Serve, as built in serving/pools.py.
-Calls: serving/hop.py, serving/workload.py, serving/engine.py, Ray Serve LLM's decode server.
+Calls: serving/hop.py, serving/workload.py, serving/engine.py, serving/engine_log.py, Ray Serve LLM's decode server.
 """
 
 import asyncio
@@ -17,15 +17,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray import serve
 from ray.serve.llm import LLMConfig
 from ray.serve.llm.deployment import LLMServer, PDDecodeServer
 
 from swiftkv.engine.side_channel import choose_side_channel
-from swiftkv.metrics import count, record
+from swiftkv.metrics import count, observe, record
 from swiftkv.serving.config import HopSettings
 from swiftkv.serving.engine import PoolEngine
+from swiftkv.serving.engine_log import EngineLog
 from swiftkv.serving.hop import HopCosts, SeenPrefixes, name_beginning
-from swiftkv.serving.prompts import BYTES_PER_TOKEN, count_sequences, estimate_tokens, leave_only_prompt, read_prompt
+from swiftkv.serving.prompts import TokenLengths, count_sequences, leave_only_prompt, read_prompt
 from swiftkv.serving.tokenizing import Tokenizing
 from swiftkv.serving.workload import DecodeWorkload, Served
 
@@ -42,6 +44,8 @@ class Prompt:
     """Estimated, or counted where the request has token ids."""
     uncached: float
     """Of these, not in this engine's cache."""
+    salt: str
+    """Only prompts of equal salt share KV."""
 
 
 class DecodeServer(Tokenizing, PDDecodeServer):
@@ -51,39 +55,45 @@ class DecodeServer(Tokenizing, PDDecodeServer):
         self, llm_config: LLMConfig, *, prefill_server: Any, hop: HopSettings, kv_capacity_tokens: float, **others: Any
     ) -> None:
         self._costs = HopCosts(hop)
-        self._bytes_per_token = BYTES_PER_TOKEN
+        self._lengths = TokenLengths()
         self._seen = SeenPrefixes(hop.remembered_characters)
         self._avoided_until = 0.0
+        self._is_failing = False
         self._asked_at = 0.0
         self._workload = DecodeWorkload(kv_capacity_tokens)
         os.environ.update(choose_side_channel(ray.util.get_node_ip_address()))  # see PrefillServer
         await super().__init__(llm_config, prefill_server=prefill_server, engine_cls=PoolEngine, **others)
+        self._engine_log = EngineLog.find()
+        self._application = serve.get_replica_context().app_name
 
     async def _pd_handle_request(self, request: Any, raw_request_info: Any = None) -> AsyncGenerator[Any, None]:
         """The answer's chunks. Overrides the one place where Ray's server joins both pools."""
         # Not by its class: Ray has two of each, and the gateway sends the other one than Ray's public name means.
         method = "chat" if hasattr(request, "messages") else "completions"
+        self._see_begun()
         prompt = self._measure_prompt(request)
         started = time.monotonic()
-        served = Served(prompt.tokens, prompt.uncached, self._asks_prefill_pool(request, prompt))
+        served = self._plan(request, prompt)
         # Before the pool is asked: demand counts when it arrives, not when a full or empty pool has let it through.
         self._workload.begin(served)
+        observe("swiftkv_arrived_prompt_tokens", prompt.tokens, application=self._application)
         handed_over, decoded = 0.0, request
         try:
             if served.is_remote:
                 handed_over, decoded = await self._prefill_remotely(method, request, raw_request_info, prompt)
                 served.is_remote = bool(handed_over)
+                started = time.monotonic()  # what a failed pool cost is not what prefilling here costs
             count("swiftkv_hop_prompts_total", 1, way="remote" if handed_over else "local")
             async for chunk in self._decode(method, request, decoded, raw_request_info):
                 is_first = not served.completion_tokens
                 self._workload.take_chunk(served, _count_tokens(chunk))
                 # A whole answer comes at once, so its first chunk tells nothing about the first token.
-                if is_first and getattr(request, "stream", False):
+                if is_first and served.is_streamed:
                     self._note_first_token(prompt, handed_over, started)
                 yield chunk
         finally:
             if served.completion_tokens:
-                self._seen.add(prompt.text)
+                self._seen.add(prompt.text, prompt.salt)
             self._workload.end(served)
 
     async def _decode(
@@ -121,26 +131,44 @@ class DecodeServer(Tokenizing, PDDecodeServer):
 
     def _has_begun(self, request_id: str) -> bool:
         """Whether the engine has made a token of the request: an answer that is sent whole does not show it."""
+        return any(request_id in begun for begun in self._list_begun())
+
+    def _list_begun(self) -> list[str]:
+        """vLLM's ids of the requests of which its engine has made a token; they contain those of the requests."""
         states = self.engine._engine_client.output_processor.request_states.values()
-        return any(request_id in state.external_req_id and not state.is_prefilling for state in states)
+        return [state.external_req_id for state in states if not state.is_prefilling]
+
+    def _see_begun(self) -> None:
+        """Tells the workload which whole answers have begun."""
+        if asked := self._workload.list_unseen():
+            begun = self._list_begun()
+            self._workload.note_begun({asked_id for asked_id in asked if any(asked_id in other for other in begun)})
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Serve's hook: what the policy is to know of this replica."""
-        return self._workload.report()
+        self._see_begun()
+        return self._workload.report(self._engine_log.kv_usage_frac)
 
     def _measure_prompt(self, request: Any) -> Prompt:
         text, _ = read_prompt(request)
-        tokens = estimate_tokens(request, self._bytes_per_token)
-        seen = self._seen.count_seen(text) / max(1, len(text))
-        return Prompt(text, tokens, tokens * (1 - seen))
+        tokens, salt = self._lengths.estimate(request), getattr(request, "cache_salt", None) or ""
+        seen = self._seen.count_seen(text, salt) / max(1, len(text))
+        return Prompt(text, tokens, tokens * (1 - seen), salt)
 
-    def _asks_prefill_pool(self, request: Any, prompt: Prompt) -> bool:
-        now = time.monotonic()
-        break_even = self._costs.find_break_even(self._workload.num_running, self._workload.waiting_tokens)
-        record("swiftkv_hop_break_even_tokens", min(break_even, 1e9))
-        if now < self._avoided_until or count_sequences(request) != 1:  # one answer hands over one sequence's KV
-            return False
-        return self._chooses_remote(prompt, now)
+    def _plan(self, request: Any, prompt: Prompt) -> Served:
+        """Where the prompt is prefilled, and where it would be if the prefill pool were as it should be."""
+        now, running, waiting = time.monotonic(), self._workload.num_running, self._workload.waiting_tokens
+        record("swiftkv_hop_break_even_tokens", min(self._costs.find_break_even(running, waiting), 1e9))
+        can_hop = count_sequences(request) == 1  # one answer hands over one sequence's KV
+        is_remote = can_hop and self._chooses_remote(prompt, now) and self._may_ask(now)
+        return Served(
+            prompt.tokens,
+            prompt.uncached,
+            is_remote,
+            is_remote or (can_hop and self._costs.is_for_prefill_pool(prompt.uncached, running, waiting)),
+            request_id=getattr(request, "request_id", None),
+            is_streamed=bool(getattr(request, "stream", False)),
+        )
 
     async def _prefill_remotely(
         self, method: str, request: Any, raw_request_info: Any, prompt: Prompt
@@ -151,7 +179,7 @@ class DecodeServer(Tokenizing, PDDecodeServer):
         backend = self._get_connector_backend()
         asked = leave_only_prompt(backend.prepare_prefill_request(request=request, peer=None))
         handle = self._prefill_handle
-        if beginning := name_beginning(prompt.text):
+        if beginning := name_beginning(prompt.text, prompt.salt):
             handle = handle.options(session_id=beginning)
         answers = getattr(handle, method).remote(asked, raw_request_info)
         try:
@@ -164,13 +192,14 @@ class DecodeServer(Tokenizing, PDDecodeServer):
                 answers.cancel()
             self._avoid_prefill_pool(repr(error))
             return 0.0, request
+        self._is_failing, self._avoided_until = False, 0.0
         if not getattr(answer, "kv_transfer_params", None):
             # An error of the request's own comes again from this engine, with its reason.
             logger.warning("prefill pool returned no KV: %s", type(answer).__name__)
             return 0.0, request
         finished = time.monotonic()
-        costs.remote.add(prompt.uncached, finished - now)
-        self._learn_tokens(prompt, answer)
+        costs.add_remote(prompt.uncached, finished - now)
+        self._lengths.learn(request, answer)
         return finished, backend.prepare_decode_request(request=request, peer=None, prefill_response=answer)
 
     def _chooses_remote(self, prompt: Prompt, now: float) -> bool:
@@ -181,22 +210,26 @@ class DecodeServer(Tokenizing, PDDecodeServer):
         is_old = now - self._asked_at > settings.remeasure_s
         return settings.min_tokens is None and is_old and prompt.uncached >= settings.min_tokens_unmeasured
 
+    def _may_ask(self, now: float) -> bool:
+        if now < self._avoided_until:
+            return False
+        if self._is_failing:  # one prompt finds out for all: a pool without replicas lets it wait until it times out
+            self._avoided_until = now + self._costs.settings.timeout_s
+        return True
+
     def _avoid_prefill_pool(self, reason: str) -> None:
+        self._is_failing = True
         self._avoided_until = time.monotonic() + self._costs.settings.retry_s
         count("swiftkv_hop_failures_total", 1)
         logger.warning("prefilling here for %.0f s: the prefill pool failed: %s", self._costs.settings.retry_s, reason)
-
-    def _learn_tokens(self, prompt: Prompt, answer: Any) -> None:
-        usage = getattr(answer, "usage", None)
-        if usage is not None and usage.prompt_tokens:
-            self._bytes_per_token += 0.1 * (len(prompt.text.encode()) / usage.prompt_tokens - self._bytes_per_token)
 
     def _note_first_token(self, prompt: Prompt, handed_over: float, started: float) -> None:
         now = time.monotonic()
         if handed_over:
             self._costs.transfer.add(prompt.uncached, now - handed_over)
-        elif self._workload.num_running == 1 and not self._workload.waiting_tokens:
-            # Alone: neither a queue nor others' tokens are in it.
+        elif not self._workload.waiting_tokens:
+            # No other prompt is in it. What running sequences add is little beside a prompt, and a pool that is never
+            # idle would otherwise never learn.
             self._costs.local.add(prompt.uncached, now - started)
 
 

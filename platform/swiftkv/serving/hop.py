@@ -63,6 +63,21 @@ class HopCosts:
     remote: FadingLine = field(default_factory=FadingLine)
     transfer: FadingLine = field(default_factory=FadingLine)
     local: FadingLine = field(default_factory=FadingLine)
+    unqueued: FadingLine = field(default_factory=FadingLine)
+    """Of `remote`, the answers that were no slower than those before: what the pool does without a queue."""
+
+    def add_remote(self, tokens: float, seconds: float) -> None:
+        """The prefill pool answered."""
+        if not self.unqueued.is_measured or seconds <= self.remote.predict(tokens):
+            self.unqueued.add(tokens, seconds)
+        self.remote.add(tokens, seconds)
+
+    def is_for_prefill_pool(self, tokens: float, running: int, waiting_tokens: float) -> bool:
+        """Whether the prompt would be prefilled in the other pool if that were well and had no queue.
+
+        What a pool is sized for: one that has a queue, or does not answer, is asked less, and is not needed less.
+        """
+        return self._choose(self.unqueued, tokens, running, waiting_tokens)
 
     def choose_remote(self, tokens: float, running: int, waiting_tokens: float) -> bool:
         """Whether a prompt of so many uncached tokens is prefilled in the other pool.
@@ -70,12 +85,7 @@ class HopCosts:
         `running`: sequences that decode here, each of which waits while a prompt is prefilled here.
         `waiting_tokens`: prompt tokens that this engine has to prefill before.
         """
-        if self.settings.min_tokens is not None:
-            return tokens >= self.settings.min_tokens
-        if not (self.remote.is_measured and self.transfer.is_measured and self.local.is_measured):
-            return tokens >= self.settings.min_tokens_unmeasured
-        here = self.local.predict(tokens) * (1 + running) + self.local.predict(waiting_tokens) * (waiting_tokens > 0)
-        return self.remote.predict(tokens) + self.transfer.predict(tokens) < here
+        return self._choose(self.remote, tokens, running, waiting_tokens)
 
     def find_break_even(self, running: int, waiting_tokens: float) -> float:
         """Fewest tokens for which the hop pays, by bisection; infinity if it never does."""
@@ -87,6 +97,14 @@ class HopCosts:
             low, high = (low, middle) if self.choose_remote(middle, running, waiting_tokens) else (middle + 1, high)
         return float(low)
 
+    def _choose(self, remote: FadingLine, tokens: float, running: int, waiting_tokens: float) -> bool:
+        if self.settings.min_tokens is not None:
+            return tokens >= self.settings.min_tokens
+        if not (remote.is_measured and self.transfer.is_measured and self.local.is_measured):
+            return tokens >= self.settings.min_tokens_unmeasured
+        here = self.local.predict(tokens) * (1 + running) + self.local.predict(waiting_tokens) * (waiting_tokens > 0)
+        return remote.predict(tokens) + self.transfer.predict(tokens) < here
+
 
 class SeenPrefixes:
     """Beginnings of texts that this replica's engine has held, as far as its KV cache reaches."""
@@ -95,33 +113,33 @@ class SeenPrefixes:
         self._pieces: OrderedDict[int, None] = OrderedDict()
         self._capacity = max(1, capacity_characters // _PREFIX_CHARACTERS)
 
-    def count_seen(self, text: str) -> int:
-        """Characters from the start of the text that were seen, in whole pieces."""
+    def count_seen(self, text: str, salt: str = "") -> int:
+        """Characters from the start of the text that were seen with the same salt, in whole pieces."""
         seen = 0
-        for key in _hash_pieces(text):
+        for key in _hash_pieces(text, salt):
             if key not in self._pieces:
                 break
             seen += _PREFIX_CHARACTERS
         return seen
 
-    def add(self, text: str) -> None:
-        """Take a text as seen; the least recent pieces go."""
-        for key in _hash_pieces(text):
+    def add(self, text: str, salt: str = "") -> None:
+        """Take a text as seen; the least recent pieces go. The engine shares KV only among equal salts."""
+        for key in _hash_pieces(text, salt):
             self._pieces[key] = None
             self._pieces.move_to_end(key)
         while len(self._pieces) > self._capacity:
             self._pieces.popitem(last=False)
 
 
-def name_beginning(text: str) -> str | None:
-    """One name for all texts that begin alike; None for a text too short to gain by it."""
-    pieces = _hash_pieces(text[: _BEGINNING_PIECES * _PREFIX_CHARACTERS])
+def name_beginning(text: str, salt: str = "") -> str | None:
+    """One name for all texts of one salt that begin alike; None for a text too short to gain by it."""
+    pieces = _hash_pieces(text[: _BEGINNING_PIECES * _PREFIX_CHARACTERS], salt)
     return f"{pieces[-1]:x}" if len(pieces) == _BEGINNING_PIECES else None
 
 
-def _hash_pieces(text: str) -> list[int]:
+def _hash_pieces(text: str, salt: str) -> list[int]:
     """One number per whole piece, which depends on everything before it."""
-    keys, before = [], 0
+    keys, before = [], zlib.crc32(salt.encode(errors="surrogatepass"))
     for start in range(0, len(text) - _PREFIX_CHARACTERS + 1, _PREFIX_CHARACTERS):
         # Not hash(): replicas must agree.
         before = zlib.crc32(text[start : start + _PREFIX_CHARACTERS].encode(errors="surrogatepass"), before)

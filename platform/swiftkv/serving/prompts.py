@@ -9,6 +9,9 @@ from typing import Any
 BYTES_PER_TOKEN = 4.0
 """Of English text, until answers have told a model's own."""
 
+_LEARNING = 0.1
+"""What one answer counts for against all before it."""
+
 
 def count_sequences(request: Any) -> int:
     """Sequences that the engine makes of the request: answers of each of its prompts."""
@@ -30,10 +33,32 @@ def leave_only_prompt(request: Any) -> Any:
     return request
 
 
-def estimate_tokens(request: Any, bytes_per_token: float = BYTES_PER_TOKEN) -> float:
-    """Prompt tokens: counted where the request has token ids, else from the text's length; 1 at least."""
-    text, tokens = read_prompt(request)
-    return tokens or max(1.0, len(text.encode()) / bytes_per_token)
+class TokenLengths:
+    """How many bytes a token of this model's prompts has, as answers tell it."""
+
+    def __init__(self) -> None:
+        self.bytes_per_token = BYTES_PER_TOKEN
+
+    def estimate(self, request: Any) -> float:
+        """Prompt tokens: counted where the request has token ids, else from the text's length; 1 at least."""
+        text, tokens = read_prompt(request)
+        return tokens or max(1.0, len(text.encode()) / self.bytes_per_token)
+
+    def learn(self, request: Any, answer: Any) -> int:
+        """Prompt tokens that the engine counted; 0 if the answer does not say."""
+        usage = getattr(answer, "usage", None)
+        if usage is None or not usage.prompt_tokens:
+            return 0
+        text, tokens = read_prompt(request)
+        if not tokens:
+            self.bytes_per_token += _LEARNING * (len(text.encode()) / usage.prompt_tokens - self.bytes_per_token)
+        return int(usage.prompt_tokens)
+
+
+def count_cached(answer: Any) -> int:
+    """Prompt tokens of the answer that its engine had in its cache."""
+    details = getattr(getattr(answer, "usage", None), "prompt_tokens_details", None)
+    return int(getattr(details, "cached_tokens", None) or 0)
 
 
 def read_prompt(request: Any) -> tuple[str, float]:

@@ -256,6 +256,15 @@ def test_a_policy_whose_model_is_away_keeps_all_sizes_until_it_is_back(tmp_path:
     assert set(sizes) == {PREFILL, DECODE}
 
 
+def test_targets_that_no_size_meets_are_refused_when_ray_makes_the_policy(tmp_path: Path) -> None:
+    """`serve deploy` knows nothing of our checks; the policy's constructor is what it runs."""
+    pair = {"model": str(tmp_path / "tiny"), "prefill": {"max_replicas": 9}, "decode": {"max_replicas": 9}}
+    write_student(tmp_path / "tiny", TinyShape(), 2, 2)
+    PoolPolicy(settings={"targets": SETTINGS["targets"]}, pair=pair)
+    with pytest.raises(ConfigError, match="tpot_s"):
+        PoolPolicy(settings={"targets": {"ttft_s": 1, "tpot_s": 1e-12}}, pair=pair)
+
+
 def test_a_decision_is_one_line_of_json_when_it_changes(policy: PoolPolicy, lines: list[str]) -> None:
     _, states = policy(contexts(rate=20))
     policy(contexts(rate=20, state=states[DECODE], now_s=1010))
@@ -290,15 +299,16 @@ def vector(*samples: tuple[dict[str, str], float]) -> PrometheusVector:
 
 def test_arrivals_come_from_prometheus_where_it_has_them() -> None:
     own, other = {"ReplicaId": "Decode:tiny-0"}, {"ReplicaId": "another application's"}
+    ours, theirs = {"application": "app"}, {"application": "another"}
     results = {
         PROMPTS_QUERY: vector(
-            (own | {"le": "500"}, 0),
-            (own | {"le": "1000"}, 60),
-            (own | {"le": "5000"}, 90),
-            (own | {"le": "+Inf"}, 90),
-            (other | {"le": "1000"}, 7000),
+            (ours | {"le": "500"}, 0),
+            (ours | {"le": "1000"}, 60),
+            (ours | {"le": "5000"}, 90),
+            (ours | {"le": "+Inf"}, 90),
+            (theirs | {"le": "1000"}, 7000),
         ),
-        PROMPT_TOKENS_QUERY: vector((own, 120_000), (other, 1e9)),
+        PROMPT_TOKENS_QUERY: vector((ours, 120_000), (theirs, 1e9)),
         FINISHED_QUERY: vector((own, 90), (other, 1e9)),
         COMPLETION_TOKENS_QUERY: vector((own, 9000), (other, 1e9)),
     }

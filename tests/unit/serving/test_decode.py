@@ -12,7 +12,7 @@ from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionReq
 from swiftkv.serving.config import HopSettings
 from swiftkv.serving.decode import DecodeServer
 from swiftkv.serving.hop import HopCosts, SeenPrefixes
-from swiftkv.serving.prompts import read_prompt
+from swiftkv.serving.prompts import TokenLengths, read_prompt
 from swiftkv.serving.workload import DecodeWorkload
 
 KV = {"remote_engine_id": "e", "remote_block_ids": [1]}
@@ -85,8 +85,9 @@ def decoded(monkeypatch):
 def build_server(behaviour, **hop):
     server = DecodeServer.__new__(DecodeServer)
     server._costs = HopCosts(HopSettings(**{"min_tokens": 0, "timeout_s": 0.05, "retry_s": 60.0, **hop}))
-    server._bytes_per_token, server._seen = 4.0, SeenPrefixes(1 << 16)
-    server._avoided_until, server._asked_at, server._workload = 0.0, 0.0, DecodeWorkload(10_000)
+    server._lengths, server._seen, server._application = TokenLengths(), SeenPrefixes(1 << 16), "app"
+    server._avoided_until, server._asked_at, server._is_failing = 0.0, 0.0, False
+    server._workload = DecodeWorkload(10_000)
     server._prefill_handle = PrefillPool(behaviour)
     server._connector_backend_cache = DefaultConnectorBackend(None)
     return server
@@ -245,3 +246,43 @@ def test_counts_return_to_zero_when_a_stream_is_left(decoded):
 )
 def test_prompts_of_every_form_are_read(request_, expected):
     assert read_prompt(request_) == expected
+
+
+def test_a_failing_pool_is_tried_by_one_prompt_while_others_do_not_wait(decoded):
+    """A pool without replicas does not fail: it lets a prompt wait until that times out."""
+    server = build_server(be_silent, retry_s=0.01)
+
+    async def run_all():
+        await run(server, build_request())
+        await asyncio.sleep(0.02)
+        await asyncio.gather(*(run(server, build_request()) for _ in range(5)))
+
+    asyncio.run(run_all())
+    assert len(server._prefill_handle.asked) == 2 and len(decoded) == 6
+    server._prefill_handle.behaviour = answer_with_kv
+    time.sleep(0.02)
+    for _ in range(3):
+        asyncio.run(run(server, build_request()))
+    assert len(server._prefill_handle.asked) == 5, "one answer and it is asked as before"
+
+
+def test_what_a_failed_pool_cost_is_not_what_prefilling_here_costs(decoded):
+    server = build_server(be_silent, timeout_s=0.5)
+    asyncio.run(run(server, build_request()))
+    assert server._costs.local.is_measured
+    assert server._costs.local.predict(400) < 0.25
+
+
+def test_prompts_that_a_failing_pool_does_not_get_stay_its_demand(decoded):
+    server = build_server(fail)
+    for _ in range(3):
+        asyncio.run(run(server, build_request()))
+    stats = server._workload.report()
+    assert sum(value for name, value in stats.items() if name.startswith("uncached_tokens_le_")) >= 400
+
+
+def test_another_tenant_s_cache_is_not_this_one_s():
+    server = build_server(answer_with_kv)
+    server._seen.add("x" * 1600, "one")
+    tokens = [server._measure_prompt(build_request(cache_salt=salt)).uncached for salt in ("one", "other")]
+    assert tokens[0] < 100 and tokens[1] == 400

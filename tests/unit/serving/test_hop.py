@@ -5,7 +5,7 @@ import math
 import pytest
 
 from swiftkv.serving.config import HopSettings
-from swiftkv.serving.hop import FadingLine, HopCosts, SeenPrefixes
+from swiftkv.serving.hop import FadingLine, HopCosts, SeenPrefixes, name_beginning
 
 
 def build_line(base: float, per_token: float) -> FadingLine:
@@ -100,3 +100,27 @@ def test_seen_prefixes_forget_the_least_recent():
     seen.add(first)
     seen.add(second)
     assert (seen.count_seen(first), seen.count_seen(second)) == (0, 512)
+
+
+def test_a_queue_makes_a_pool_asked_less_and_not_needed_less():
+    costs = HopCosts(HopSettings())
+    for tokens in (200, 400, 800, 1600):
+        costs.local.add(tokens, tokens / 1000)
+        costs.transfer.add(tokens, 0.01)
+        costs.add_remote(tokens, tokens / 4000)
+    assert costs.choose_remote(800, 0, 0) and costs.is_for_prefill_pool(800, 0, 0)
+    for tokens in (200, 400, 800, 1600) * 8:
+        costs.add_remote(tokens, 5 + tokens / 4000)
+    assert not costs.choose_remote(800, 0, 0)
+    assert costs.is_for_prefill_pool(800, 0, 0)
+
+
+def test_only_equal_salts_share_what_was_seen():
+    seen = SeenPrefixes(10_000)
+    seen.add("a" * 1000, "one")
+    assert (seen.count_seen("a" * 1000, "one"), seen.count_seen("a" * 1000, "two"), seen.count_seen("a" * 1000)) == (
+        768,
+        0,
+        0,
+    )
+    assert name_beginning("a" * 2000, "one") != name_beginning("a" * 2000, "two")

@@ -65,33 +65,70 @@ def test_only_prompts_that_hop_are_demand_for_prefill(clock):
     assert (uncached, finished, completion) == (700, 2, 40)
 
 
-def test_a_prefill_replica_computes_while_it_has_prompts_and_not_between(clock):
-    workload = PrefillWorkload(lease_s=30)
+def test_a_prefill_replica_s_time_is_split_by_what_its_engine_does(clock):
+    woken = []
+    workload = PrefillWorkload(30, lambda: woken.append(clock.now))
     workload.begin(400)
     workload.begin(100)
     assert workload.report()["queued_prompt_tokens"] == 500
-    clock.now += 2
-    workload.end(400, is_done=True)
-    clock.now += 1
-    workload.end(100, is_done=True)
-    clock.now += 5
+    for doing, seconds in (("computing", 2), ("waiting", 3), ("computing", 1), ("exporting", 4)):
+        clock.now += seconds
+        workload.spend(doing, seconds)
+    workload.end(400, computed_tokens=380, held_tokens=410)
+    workload.end(100)
     workload.begin(50)
-    clock.now += 1
-    workload.end(50, is_done=False)
-    report = workload.report()
-    assert (report["computing_s"], report["computed_prompt_tokens"]) == (pytest.approx(4), 500)
+    workload.end(50, computed_tokens=50, held_tokens=50)
+    report = workload.report(kv_usage_frac=0.5)
+    assert (report["computing_s"], report["waiting_for_decode_s"], report["exporting_s"]) == (3, 3, 4)
+    assert (report["computed_prompt_tokens"], report["pending_kv_tokens"], report["kv_usage_frac"]) == (430, 460, 0.5)
+    assert woken == [1000, 1010], "only a prompt that finds none wakes the engine"
 
 
-def test_kv_is_kept_for_its_lease(clock):
+def test_kv_is_kept_for_its_lease_and_forgotten_though_nobody_asks(clock):
     workload = PrefillWorkload(lease_s=30)
     assert workload.last_lease_s == 0
     workload.begin(400)
-    workload.end(400, is_done=True)
+    workload.end(400, held_tokens=400)
     clock.now += 10
     assert workload.last_lease_s == pytest.approx(20)
     assert workload.report()["pending_kv_tokens"] == 400
     clock.now += 21
     assert (workload.report()["pending_kv_tokens"], workload.last_lease_s) == (0, 0)
+    for _ in range(1000):
+        clock.now += 1
+        workload.begin(1)
+        workload.end(1, held_tokens=1)
+    assert len(workload._handed_out) <= 30, "without an autoscaled pool nobody asks for a report"
+
+
+def test_answers_sent_whole_run_from_when_the_engine_has_begun_them(clock):
+    workload = DecodeWorkload(10_000)
+    whole = Served(300, 200, is_remote=False, request_id="a", is_streamed=False)
+    streamed = Served(100, 100, is_remote=False, request_id="b")
+    for served in (whole, streamed):
+        workload.begin(served)
+    assert workload.list_unseen() == ["a"]
+    workload.take_chunk(streamed)
+    workload.note_begun({"a", "other"})
+    assert (workload.waiting_tokens, workload.num_running, workload.list_unseen()) == (0, 2, [])
+    for _ in range(4):
+        clock.now += 0.5
+        workload.take_chunk(streamed)
+    report = workload.report()
+    assert (report["steps"], report["steps_s"], report["step_sequences"]) == (4, 2, 8), "both are in every step"
+    assert workload.report(kv_usage_frac=0.25)["kv_usage_frac"] == 0.25, "the engine knows better"
+    workload.take_chunk(whole, 60)
+    for served in (whole, streamed):
+        workload.end(served)
+    assert workload.report()["requests_running"] == 0
+
+
+def test_what_a_pool_would_take_if_it_were_well_is_its_demand(clock):
+    workload = DecodeWorkload(10_000)
+    workload.begin(Served(700, 600, is_remote=False, is_for_prefill_pool=True))
+    report = workload.report()
+    assert sum(value for name, value in report.items() if name.startswith("uncached_tokens_le_")) == 600
+    assert report["queued_prompt_tokens"] == 600, "it is prefilled here all the same"
 
 
 def test_requests_of_equal_size_are_told_apart(clock):

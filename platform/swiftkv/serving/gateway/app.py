@@ -69,10 +69,10 @@ class GatewayServer:
         # vLLM's request classes take seconds to load; the admission's process, which shares this file, needs none.
         from swiftkv.serving.gateway.exchange import log_to_stderr
         from swiftkv.serving.gateway.gateway import Gateway
-        from swiftkv.serving.gateway.upstream import Upstream
+        from swiftkv.serving.gateway.upstream import Upstream, is_asleep
 
         log_to_stderr()
-        upstream = Upstream(serve.get_app_handle)
+        upstream = Upstream(serve.get_app_handle, is_asleep)
         self._gateway = Gateway(GatewaySettings.model_validate(settings), upstream, HandleAdmission(admission))
 
     async def __serve_build_asgi_app__(self) -> Any:

@@ -59,17 +59,21 @@ class Generation:
         tenant = self._gateway.tenants.find(headers.get("authorization"))
         self._exchange.tenant = tenant.name
         try:
-            body = await read_body(receive, max_bytes)
+            async with asyncio.timeout(self._gateway.settings.limits.deadline_s):
+                body = await read_body(receive, max_bytes)
         except ClientLeft:
             self._exchange.status, self._exchange.reason = CLIENT_LEFT, "client_left"
             return
+        except TimeoutError:
+            raise _refuse_late(None) from None
         answering = asyncio.create_task(self._answer(tenant, headers, body, send))
         await run_while_connected(self._exchange, answering, receive, self._is_whole)
 
     async def _answer(self, tenant: Tenant, headers: Headers, body: bytes, send: Send) -> None:
         request, ticket = self._read(tenant, body)
         asked_s = read_timeout(headers.get(TIMEOUT_HEADER), self._gateway.settings.limits)
-        deadline = asyncio.timeout(asked_s or self._gateway.settings.limits.deadline_s)
+        left_s = (asked_s or self._gateway.settings.limits.deadline_s) - self._exchange.elapsed_s()
+        deadline = asyncio.timeout(max(0.0, left_s))
         try:
             async with deadline:
                 await self._take_place(_with_deadline(ticket, deadline))

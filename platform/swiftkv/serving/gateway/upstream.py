@@ -10,10 +10,12 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ray import serve
 from ray.exceptions import RayActorError
 from ray.llm._internal.serve.core.configs.openai_api_models import ErrorResponse
 from ray.llm._internal.serve.core.protocol import RawRequestInfo
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
+from ray.serve.schema import DeploymentStatus
 
 from swiftkv.serving.gateway.edge import describe
 from swiftkv.serving.gateway.refusals import Refusal, refuse, say_when
@@ -57,9 +59,13 @@ class Answer:
 class Upstream:
     """Handles of all applications that the routes name."""
 
-    def __init__(self, get_handle: Callable[[str], Any]) -> None:
-        """`get_handle` gives an application's handle, or raises RayServeException if it does not run."""
+    def __init__(
+        self, get_handle: Callable[[str], Any], is_asleep: Callable[[str, str], bool] = lambda *_: False
+    ) -> None:
+        """`get_handle` gives an application's handle, or raises RayServeException if it does not run. `is_asleep` says
+        whether an application's deployment has no replicas until a request comes."""
         self._get_handle = get_handle
+        self._is_asleep = is_asleep
         self._handles: dict[str, Any] = {}
 
     def forget(self) -> None:
@@ -108,12 +114,13 @@ class Upstream:
         return await self._call_one(application, method, request, info)
 
     async def answers(self, model: ModelSettings) -> bool:
-        """Whether a version of the model is healthy now."""
+        """Whether a version of the model is healthy now, or starts when a request comes; which this is not."""
         for route in model.routes:
             try:
                 async with asyncio.timeout(ANSWER_TIMEOUT_S):
                     handle = await self._find(route.application)
-                    await handle.check_health.remote()
+                    if not await asyncio.to_thread(self._is_asleep, route.application, handle.deployment_name):
+                        await handle.check_health.remote()
                     return True
             except Exception as error:
                 logger.info("application %s does not answer: %s", route.application, type(error).__name__)
@@ -136,6 +143,16 @@ class Upstream:
             except RayServeException as error:
                 raise _NotThere(str(error)) from None
         return self._handles[application]
+
+
+def is_asleep(application: str, deployment: str) -> bool:
+    """Whether Serve wants no replica of the deployment at the moment. False where Serve's controller is away."""
+    try:
+        found = serve.status().applications[application].deployments[deployment]
+    except Exception as error:  # whatever Ray's client makes of it
+        logger.info("Serve's controller does not answer: %s", type(error).__name__)
+        return False
+    return found.status == DeploymentStatus.HEALTHY and not any(found.replica_states.values())
 
 
 def check_first(item: Any) -> Any:

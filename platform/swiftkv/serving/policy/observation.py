@@ -34,9 +34,9 @@ class Replica:
     computing_s: float = 0
     """Seconds in which it computed prompts."""
     exporting_s: float = 0
-    """Seconds in which it could not compute because it handed KV over."""
+    """Seconds in which it had nothing to compute and KV was yet to be fetched."""
     waiting_for_decode_s: float = 0
-    """Seconds in which it could not compute because KV waited for space in a decode replica."""
+    """Seconds in which prompts had no KV blocks, because those of others were yet to be fetched."""
     steps: float = 0
     """Decode steps."""
     steps_s: float = 0

@@ -16,10 +16,14 @@ Called by: serving replicas, serving/autoscaling.py. Calls: lengths, observation
 
 from collections import deque
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from swiftkv.serving.policy.lengths import EDGES, Bucket, Lengths, find_bucket
 from swiftkv.serving.policy.observation import Replica
+
+Doing = Literal["computing", "waiting", "exporting"]
+"""What a prefill engine spends its time on. waiting: prompts have no KV blocks, as those of others are yet to be
+fetched; exporting: nothing is to be computed, and KV is yet to be fetched."""
 
 WINDOW_S = 30.0
 BIN_S = 1.0
@@ -71,11 +75,11 @@ class ReplicaLog:
         self._add(now_s, computing_s=seconds, computed_prompt_tokens=prompt_tokens)
 
     def exported(self, now_s: float, seconds: float) -> None:
-        """The engine could have computed, but handed KV over."""
+        """The engine had nothing to compute and KV that was yet to be fetched."""
         self._add(now_s, exporting_s=seconds)
 
     def waited_for_decode(self, now_s: float, seconds: float) -> None:
-        """The engine could have computed, but its space was taken by KV that no decode replica had room for."""
+        """The engine could have computed, but its space was taken by KV that was yet to be fetched."""
         self._add(now_s, waiting_for_decode_s=seconds)
 
     def stepped(self, now_s: float, seconds: float, sequences: int, context_tokens: int) -> None:

@@ -98,6 +98,8 @@ class FakeVersion:
         self.ends_after: int | None = None
         """Number of chunks after which the stream just ends."""
         self.is_healthy = True
+        self.deployment_name = "Decode:tiny"
+        self.is_asleep = False
         self.num_cancelled = 0
         self.num_running = 0
         self.calls: list[SimpleNamespace] = []
@@ -196,7 +198,8 @@ class World:
         return self.versions[application]
 
     def start_gateway(self) -> tuple[Gateway, Any]:
-        gateway = Gateway(self.settings, Upstream(self.get_handle), self.admission)
+        upstream = Upstream(self.get_handle, lambda application, _: self.versions[application].is_asleep)
+        gateway = Gateway(self.settings, upstream, self.admission)
         return gateway, build_routes(gateway)
 
     def connect(self, key: str | None = None, application: Any = None) -> httpx.AsyncClient:

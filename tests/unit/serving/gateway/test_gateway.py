@@ -137,6 +137,8 @@ def test_models_health_and_readiness(make_world, monkeypatch):
             assert (await client.get("/ready")).status_code == 200
             world.version.is_healthy = False
             assert_error(await client.get("/ready"), 503)
+            world.version.is_asleep = True  # a pool without replicas starts one for a request, not for a probe
+            assert (await client.get("/ready")).status_code == 200
             assert (await client.get("/health")).status_code == 200
             assert "/v1/completions" in (await client.get("/openapi.json")).json()["paths"]
 
@@ -211,6 +213,22 @@ def test_fields_that_reach_into_the_engine_are_refused_by_name(make_world, path,
 )
 def test_body_that_is_no_json_object_is_400(make_world, body):
     assert_error(post(make_world(), body=body), 400)
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(make_world):
+    world = make_world(limits={"deadline_s": 5})
+
+    async def send_slowly():
+        for _ in range(100):
+            yield b"x"
+            await asyncio.sleep(1)
+
+    async def run_slow():
+        async with world.connect() as client:
+            return await client.post("/v1/completions", content=send_slowly())
+
+    assert_error(run(run_slow()), 504, "deadline")
+    assert world.version.calls == []
 
 
 def test_long_body_is_413_with_and_without_a_length(make_world):

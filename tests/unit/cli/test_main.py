@@ -1,0 +1,32 @@
+"""The command line as a process."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+CODE = """
+import time
+from swiftkv.cli import main
+
+@main.app.command()
+def wait() -> None:
+    try:
+        print("waiting", flush=True)
+        time.sleep(60)
+    finally:
+        print("cleaned up", flush=True)
+
+main.main()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_supervisor_or_a_closed_terminal_ends_a_command_as_ctrl_c_does(number):
+    command = [sys.executable, "-c", f"import signal; signal.signal(2, signal.default_int_handler){CODE}", "wait"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "waiting\n"
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=20)
+    assert output == "cleaned up\n" and process.returncode == 130
