@@ -82,13 +82,14 @@ class StandInPrefill:
     async def __call__(self, prompt_tokens: int) -> float:
         """Seconds by which the prompt was done too late."""
         self._workload.begin(prompt_tokens)
-        is_done = False
+        computed, seconds = 0, self._costs.prefill_s(prompt_tokens)
         try:
-            self._free_s = max(time.monotonic(), self._free_s) + self._costs.prefill_s(prompt_tokens)
+            self._free_s = max(time.monotonic(), self._free_s) + seconds
             late_s = await _sleep_until(self._free_s)
-            is_done = True
+            self._workload.spend("computing", seconds)
+            computed = prompt_tokens
         finally:
-            self._workload.end(prompt_tokens, is_done)
+            self._workload.end(prompt_tokens, computed, computed)
         return late_s
 
     def record_autoscaling_stats(self) -> dict[str, float]:
