@@ -18,6 +18,7 @@ import psutil
 import pytest
 from fakes import TinyShape, write_student
 from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from openai_answers import CHECKS, check_tools
 from openapi_bodies import PATHS, draw_bodies
 from reference import generate_greedy, load_weights
@@ -183,17 +184,19 @@ def test_the_prefill_engine_s_time_is_told_apart(cluster):
 
 @pytest.mark.parametrize("path", PATHS)
 def test_no_body_of_the_served_document_s_shape_gives_a_5xx(client, path):
-    """Through real engines; answers are kept short."""
+    """Through real engines; answers are kept short, and every second body has a prompt that is one."""
     root = str(client.base_url).removesuffix("/v1/")
     shortened = {} if "tokenize" in path else {"max_tokens": 4}
+    asked = {"messages": [{"role": "user", "content": "a"}]} if "chat" in path else {"prompt": "a"}
     statuses = []
     with httpx.Client(timeout=60) as http:
 
         @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
-        @given(draw_bodies(http.get(f"{root}/openapi.json").json(), path))
-        def check(body):
+        @given(draw_bodies(http.get(f"{root}/openapi.json").json(), path), st.booleans())
+        def check(body, has_prompt):
             body = {name: value for name, value in body.items() if name != "max_completion_tokens"}
-            answer = http.post(f"{root}{path}", content=json.dumps(body | {"model": "tiny"} | shortened))
+            body |= {"model": "tiny", **shortened, **(asked if has_prompt else {})}
+            answer = http.post(f"{root}{path}", content=json.dumps(body))
             statuses.append(answer.status_code)
             assert answer.status_code < 500, (body, answer.text)
 

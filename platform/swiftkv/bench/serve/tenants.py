@@ -20,20 +20,25 @@ from swiftkv.loadgen.replay import draw_poisson_arrivals, run_closed, run_open
 from swiftkv.serving.gateway.keys import create_key
 
 FLOOD_FACTOR = 20
-CAPACITY = {"max_in_flight_sequences": 16, "max_in_flight_prompt_tokens": 64}
+_PROMPT_TOKENS = 256
+CAPACITY = {
+    "max_in_flight_sequences": 16,
+    "max_in_flight_prompt_tokens": _PROMPT_TOKENS,
+    "max_queued_requests": 32,
+}
 """One prompt: what the engine has in hand is what one tenant can be made to wait for. It costs the steps between one
 prompt's end and the next one's coming; the share is of what is left."""
 _VOCAB_SIZE = 8000
-_NUM_AT_ONCE, _NUM_TO_TIME = 16, 160
+_NUM_AT_ONCE, _NUM_TO_TIME = 16, 96
 
 
 @dataclass(frozen=True)
 class Sharing:
-    """Chats that both tenants send, at random times."""
+    """What both tenants send, at random times: prompts much longer than answers."""
 
-    duration_s: float = 60.0
-    prompt_tokens: int = 64
-    new_tokens: int = 8
+    duration_s: float = 90.0
+    prompt_tokens: int = _PROMPT_TOKENS
+    new_tokens: int = 16
 
 
 def write_tenants(path: Path) -> dict[str, str]:
