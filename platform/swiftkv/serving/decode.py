@@ -26,7 +26,7 @@ from swiftkv.metrics import count, observe, record
 from swiftkv.serving.config import HopSettings
 from swiftkv.serving.engine import PoolEngine
 from swiftkv.serving.engine_log import EngineLog
-from swiftkv.serving.hop import HopCosts, SeenPrefixes, name_beginning
+from swiftkv.serving.hop import Beginnings, HopCosts, SeenPrefixes
 from swiftkv.serving.prompts import TokenLengths, count_sequences, leave_only_prompt, read_prompt
 from swiftkv.serving.tokenizing import Tokenizing
 from swiftkv.serving.workload import DecodeWorkload, Served
@@ -57,6 +57,7 @@ class DecodeServer(Tokenizing, PDDecodeServer):
         self._costs = HopCosts(hop)
         self._lengths = TokenLengths()
         self._seen = SeenPrefixes(hop.remembered_characters)
+        self._beginnings = Beginnings()
         self._avoided_until = 0.0
         self._is_failing = False
         self._asked_at = 0.0
@@ -178,18 +179,10 @@ class DecodeServer(Tokenizing, PDDecodeServer):
         self._asked_at = now
         backend = self._get_connector_backend()
         asked = leave_only_prompt(backend.prepare_prefill_request(request=request, peer=None))
-        handle = self._prefill_handle
-        if beginning := name_beginning(prompt.text, prompt.salt):
-            handle = handle.options(session_id=beginning)
-        answers = getattr(handle, method).remote(asked, raw_request_info)
         try:
-            answer = await asyncio.wait_for(anext(aiter(answers)), costs.settings.timeout_s)
-        except asyncio.CancelledError:
-            answers.cancel()
-            raise
+            with self._beginnings.hold(prompt.text, prompt.salt) as beginning:
+                answer = await self._ask_prefill_pool(method, asked, raw_request_info, beginning)
         except Exception as error:  # whatever it was, this engine can still answer
-            with suppress(Exception):
-                answers.cancel()
             self._avoid_prefill_pool(repr(error))
             return 0.0, request
         self._is_failing, self._avoided_until = False, 0.0
@@ -201,6 +194,17 @@ class DecodeServer(Tokenizing, PDDecodeServer):
         costs.add_remote(prompt.uncached, finished - now)
         self._lengths.learn(request, answer)
         return finished, backend.prepare_decode_request(request=request, peer=None, prefill_response=answer)
+
+    async def _ask_prefill_pool(self, method: str, asked: Any, raw_request_info: Any, beginning: str | None) -> Any:
+        """Its answer. Raises: TimeoutError, and whatever Ray raises of a replica that is gone."""
+        handle = self._prefill_handle.options(session_id=beginning) if beginning else self._prefill_handle
+        answers = getattr(handle, method).remote(asked, raw_request_info)
+        try:
+            return await asyncio.wait_for(anext(aiter(answers)), self._costs.settings.timeout_s)
+        except BaseException:
+            with suppress(Exception):
+                answers.cancel()
+            raise
 
     def _chooses_remote(self, prompt: Prompt, now: float) -> bool:
         if self._costs.choose_remote(prompt.uncached, self._workload.num_running, self._workload.waiting_tokens):

@@ -9,13 +9,18 @@ prefilled here. Each is a line in the number of uncached prompt tokens, fitted w
 """
 
 import zlib
-from collections import OrderedDict
+from collections import Counter, OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from swiftkv.serving.config import HopSettings
 
 _FADING = 0.9
 """What a point weighs after the next one. About the last twenty count."""
+TOGETHER = 4
+"""Prompts of one decode replica that one prefill replica is asked for at once because they begin alike."""
+
 _PREFIX_CHARACTERS = 256
 _BEGINNING_PIECES = 4
 _LONGEST_TOKENS = 1 << 20
@@ -131,10 +136,32 @@ class SeenPrefixes:
             self._pieces.popitem(last=False)
 
 
-def name_beginning(text: str, salt: str = "") -> str | None:
-    """One name for all texts of one salt that begin alike; None for a text too short to gain by it."""
-    pieces = _hash_pieces(text[: _BEGINNING_PIECES * _PREFIX_CHARACTERS], salt)
-    return f"{pieces[-1]:x}" if len(pieces) == _BEGINNING_PIECES else None
+class Beginnings:
+    """Names by which prompts that begin alike come to the same prefill replica, which has their KV."""
+
+    def __init__(self) -> None:
+        self._asked: Counter[int] = Counter()
+
+    @contextmanager
+    def hold(self, text: str, salt: str = "") -> Iterator[str | None]:
+        """The name, while the prompt is being prefilled; None for a text too short to gain by it.
+
+        Of many at once each `TOGETHER` have another name: a beginning that all share, such as a system prompt, must
+        not keep to one replica of many.
+        """
+        pieces = _hash_pieces(text[: _BEGINNING_PIECES * _PREFIX_CHARACTERS], salt)
+        if len(pieces) < _BEGINNING_PIECES:
+            yield None
+            return
+        key = pieces[-1]
+        name = f"{key:x}-{self._asked[key] // TOGETHER}"
+        self._asked[key] += 1
+        try:
+            yield name
+        finally:
+            self._asked[key] -= 1
+            if not self._asked[key]:
+                del self._asked[key]
 
 
 def _hash_pieces(text: str, salt: str) -> list[int]:

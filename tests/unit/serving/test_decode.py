@@ -11,7 +11,7 @@ from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionReq
 
 from swiftkv.serving.config import HopSettings
 from swiftkv.serving.decode import DecodeServer
-from swiftkv.serving.hop import HopCosts, SeenPrefixes
+from swiftkv.serving.hop import TOGETHER, Beginnings, HopCosts, SeenPrefixes
 from swiftkv.serving.prompts import TokenLengths, read_prompt
 from swiftkv.serving.workload import DecodeWorkload
 
@@ -87,7 +87,7 @@ def build_server(behaviour, **hop):
     server._costs = HopCosts(HopSettings(**{"min_tokens": 0, "timeout_s": 0.05, "retry_s": 60.0, **hop}))
     server._lengths, server._seen, server._application = TokenLengths(), SeenPrefixes(1 << 16), "app"
     server._avoided_until, server._asked_at, server._is_failing = 0.0, 0.0, False
-    server._workload = DecodeWorkload(10_000)
+    server._workload, server._beginnings = DecodeWorkload(10_000), Beginnings()
     server._prefill_handle = PrefillPool(behaviour)
     server._connector_backend_cache = DefaultConnectorBackend(None)
     return server
@@ -286,3 +286,19 @@ def test_another_tenant_s_cache_is_not_this_one_s():
     server._seen.add("x" * 1600, "one")
     tokens = [server._measure_prompt(build_request(cache_salt=salt)).uncached for salt in ("one", "other")]
     assert tokens[0] < 100 and tokens[1] == 400
+
+
+def test_a_beginning_that_all_share_does_not_keep_to_one_prefill_replica(decoded):
+    server = build_server(be_silent, timeout_s=0.2)
+
+    async def run_all(count):
+        await asyncio.gather(*(run(server, build_request()) for _ in range(count)))
+
+    asyncio.run(run_all(3 * TOGETHER))
+    names = server._prefill_handle.beginnings
+    assert [names.count(name) for name in dict.fromkeys(names)] == [TOGETHER] * 3
+    server._prefill_handle.behaviour = answer_with_kv
+    server._avoided_until = 0.0
+    for _ in range(3):
+        asyncio.run(run_all(1))
+    assert set(names[-3:]) == {names[0]}, "one after another they go where their KV is"

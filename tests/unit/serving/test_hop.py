@@ -5,7 +5,7 @@ import math
 import pytest
 
 from swiftkv.serving.config import HopSettings
-from swiftkv.serving.hop import FadingLine, HopCosts, SeenPrefixes, name_beginning
+from swiftkv.serving.hop import Beginnings, FadingLine, HopCosts, SeenPrefixes
 
 
 def build_line(base: float, per_token: float) -> FadingLine:
@@ -123,4 +123,6 @@ def test_only_equal_salts_share_what_was_seen():
         0,
         0,
     )
-    assert name_beginning("a" * 2000, "one") != name_beginning("a" * 2000, "two")
+    beginnings = Beginnings()
+    with beginnings.hold("a" * 2000, "one") as one, beginnings.hold("a" * 2000, "two") as two:
+        assert one and two and one != two
