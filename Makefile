@@ -4,7 +4,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart serve test soak check format lock clean
+.PHONY: help setup quickstart serve test soak check format dashboards lock clean
 
 BIN := .venv/bin
 
@@ -43,6 +43,9 @@ check: setup  ## Formatting, lint and strict types
 format: setup  ## Rewrite the sources in the one format
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
+
+dashboards: setup  ## Write Grafana's and Prometheus' files again from dashboards/*.py
+	@$(BIN)/python dashboards/write.py
 
 lock:  ## Resolve requirements/cpu.txt again from pyproject.toml (UPGRADE=1 takes the newest versions)
 	@$(call run_python,scripts/lock.py $(if $(UPGRADE),--upgrade))

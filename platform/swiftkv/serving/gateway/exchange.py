@@ -1,11 +1,12 @@
 """What is known of one HTTP request while it runs, and the line and the counters that remain of it.
 
 Never holds text of a prompt or an answer.
-Called by: gateway/edge.py, gateway/generation.py. Calls: metrics.
+Called by: gateway/edge.py, gateway/generation.py. Calls: metrics, gateway/settings.py.
 """
 
 import json
 import logging
+import math
 import re
 import secrets
 import sys
@@ -13,6 +14,7 @@ import time
 from dataclasses import dataclass, field
 
 from swiftkv import metrics
+from swiftkv.serving.gateway.settings import Targets
 
 NOBODY = "-"
 """Label of requests without a known tenant or model: what a client makes up is never a label."""
@@ -51,8 +53,12 @@ class Exchange:
     status: int = 500
     reason: str | None = None
     usage: Usage = field(default_factory=Usage)
+    targets: Targets = field(default_factory=Targets)
     queue_s: float | None = None
     ttft_s: float | None = None
+    """Of an answer that is streamed."""
+    ended_s: float | None = None
+    """Since the request came, when the answer was whole."""
     headers: dict[str, str] = field(default_factory=dict)
     """For the answer, whichever it becomes."""
 
@@ -60,20 +66,51 @@ class Exchange:
         """Since the request came."""
         return time.monotonic() - self.began_s
 
+    @property
+    def tpot_s(self) -> float | None:
+        """Of a streamed answer that is whole: seconds per completion token after the first."""
+        if self.ttft_s is None or self.ended_s is None or self.usage.completion < 2:
+            return None
+        return (self.ended_s - self.ttft_s) / (self.usage.completion - 1)
+
+    def list_met_targets(self) -> list[str]:
+        """ttft and tpot, of an answer that is streamed; both, of one that is whole, which counts as goodput. One that
+        is not streamed may take as long as one whose tokens were all just in time."""
+        ttft_s, tpot_s = (math.inf if s is None else s for s in (self.targets.ttft_s, self.targets.tpot_s))
+        pairs = {"ttft": (self.ttft_s, ttft_s), "tpot": (self.tpot_s, tpot_s)}
+        met = [name for name, (taken_s, target_s) in pairs.items() if taken_s is not None and taken_s <= target_s]
+        if self.ended_s is None or not self.usage.completion:
+            return met
+        if self.ttft_s is None:
+            others = self.usage.completion - 1
+            is_good = self.ended_s <= ttft_s + (others * tpot_s if others else 0.0)
+        else:
+            is_good = len(met) == sum(taken_s is not None for taken_s, _ in pairs.values())
+        return [*met, "both"] if is_good else met
+
     def end(self) -> None:
         """Writes the line and counts."""
         logger.info("%s", self.format_line())
-        metrics.count(
-            "swiftkv_gateway_requests_total", 1, tenant=self.tenant, model=self.model, status=str(self.status)
-        )
+        named = {"tenant": self.tenant, "model": self.model}
+        labels = {**named, "version": self.application or NOBODY}
+        metrics.count("swiftkv_gateway_requests_total", 1, status=str(self.status), **labels)
+        if self.reason is not None:
+            metrics.count("swiftkv_gateway_refusals_total", 1, reason=self.reason, **named)
+        for target in self.list_met_targets():
+            metrics.count("swiftkv_gateway_good_requests_total", 1, target=target, **labels)
         for kind in ("prompt", "cached", "completion"):
             if tokens := getattr(self.usage, kind):
-                labels = {"tenant": self.tenant, "model": self.model, "kind": kind}
-                metrics.count("swiftkv_gateway_tokens_total", tokens, **labels)
-        if self.ttft_s is not None:
-            metrics.observe("swiftkv_gateway_ttft_seconds", self.ttft_s, model=self.model)
+                metrics.count("swiftkv_gateway_tokens_total", tokens, kind=kind, **labels)
+        times = {
+            "swiftkv_gateway_ttft_seconds": self.ttft_s,
+            "swiftkv_gateway_tpot_seconds": self.tpot_s,
+            "swiftkv_gateway_request_seconds": self.ended_s,
+        }
+        for name, seconds in times.items():
+            if seconds is not None:
+                metrics.observe(name, seconds, **labels)
         if self.queue_s is not None:
-            metrics.observe("swiftkv_gateway_queue_seconds", self.queue_s, tenant=self.tenant)
+            metrics.observe("swiftkv_gateway_queue_seconds", self.queue_s, **named)
 
     def format_line(self) -> str:
         """The request as one line of JSON."""
@@ -90,6 +127,7 @@ class Exchange:
             "completion_tokens": self.usage.completion,
             "queue_s": _round(self.queue_s),
             "ttft_s": _round(self.ttft_s),
+            "tpot_s": _round(self.tpot_s),
             "total_s": _round(self.elapsed_s()),
         }
         return json.dumps(line)

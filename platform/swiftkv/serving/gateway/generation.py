@@ -83,6 +83,8 @@ class Generation:
                     await self._send(request, answer, keeps_usage, send)
                 finally:
                     answer.cancel()
+            if self._exchange.reason is None and self._kind.generates:
+                self._exchange.ended_s = self._exchange.elapsed_s()
             self._note_outcome(is_failed=self._exchange.reason is not None)
             if ticket.sequences == 1:
                 model = self._gateway.settings.models[self._exchange.model]
@@ -105,6 +107,7 @@ class Generation:
         values = parse_json(body)
         model = self._gateway.choose_model(values.get("model"), tenant)
         self._exchange.model = values["model"] = model
+        self._exchange.targets = self._gateway.settings.models[model].targets
         if self._kind is TOKENIZE and "messages" in values:
             self._kind = TOKENIZE_CHAT
         request = parse_request(self._kind, values)

@@ -52,6 +52,16 @@ class Comparison(StrictModel):
     """Greedy tokens that both are asked for."""
 
 
+class Targets(StrictModel):
+    """What an answer must keep to count as good. Nothing is refused or sized by these."""
+
+    ttft_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Seconds to the first token. None: any."""
+
+    tpot_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Seconds per completion token after the first, on the answer's average. None: any."""
+
+
 class ModelSettings(StrictModel):
     """One model that clients can name."""
 
@@ -64,6 +74,9 @@ class ModelSettings(StrictModel):
 
     capacity: Capacity = Capacity()
     """Of the model, not of each version."""
+
+    targets: Targets = Targets()
+    """Of each request: goodput counts whole answers within them."""
 
     @model_validator(mode="after")
     def _check_routes(self) -> "ModelSettings":

@@ -216,12 +216,12 @@ def test_body_that_is_no_json_object_is_400(make_world, body):
 
 
 def test_a_body_that_does_not_come_is_not_waited_for(make_world):
-    world = make_world(limits={"deadline_s": 5})
+    world = make_world(limits={"deadline_s": 0.3})
 
     async def send_slowly():
         for _ in range(100):
             yield b"x"
-            await asyncio.sleep(1)
+            await asyncio.sleep(0.1)
 
     async def run_slow():
         async with world.connect() as client:
