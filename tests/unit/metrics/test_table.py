@@ -7,7 +7,7 @@ import pytest
 from swiftkv.metrics import METRICS, record
 from swiftkv.metrics.table import LABELS
 
-PACKAGE = Path(__file__).parents[2] / "platform" / "swiftkv"
+PACKAGE = Path(__file__).parents[3] / "platform" / "swiftkv"
 
 
 @pytest.mark.parametrize("metric", METRICS.values(), ids=lambda metric: metric.name)
