@@ -82,6 +82,8 @@ def test_all_of_ours_is_looked_at_somewhere():
         "swiftkv_arrived_prompt_tokens",  # for the policy
         "swiftkv_policy_decision_seconds",
         "swiftkv_rollout_check_ratio",
+        "swiftkv_usage_records_total",
+        "swiftkv_usage_unwritten_tokens",
     }
 
 

@@ -19,6 +19,7 @@ from swiftkv.cli.profiling import profile
 from swiftkv.cli.publish import promote, publish, rollback
 from swiftkv.cli.serve import serve
 from swiftkv.cli.top import top
+from swiftkv.cli.usage import usage
 from swiftkv.config import keep_caches_at_home
 from swiftkv.errors import SwiftKVError
 
@@ -28,7 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for command in (profile, distill, evaluate, publish, promote, rollback, serve, top, key, down, export_snowflake):
+for command in (profile, distill, evaluate, publish, promote, rollback, serve, top, usage, key, down, export_snowflake):
     app.command()(command)
 app.add_typer(delta_app, name="delta")
 app.add_typer(models_app, name="models")

@@ -50,9 +50,7 @@ FOREIGN = {
         Foreign("ray_vllm_nixl_bytes_transferred", "histogram", VLLM, _REPLICA, "Bytes of KV of each transfer."),
         Foreign("ray_vllm_nixl_xfer_time_seconds", "histogram", VLLM, _REPLICA, "Seconds of each transfer of KV."),
         Foreign("ray_vllm_nixl_num_failed_transfers_total", "counter", VLLM, _REPLICA, "Transfers of KV that failed."),
-        Foreign(
-            "ray_vllm_nixl_num_kv_expired_reqs_total", "counter", VLLM, _REPLICA, "KV that nobody fetched."
-        ),
+        Foreign("ray_vllm_nixl_num_kv_expired_reqs_total", "counter", VLLM, _REPLICA, "KV that nobody fetched."),
         Foreign("ray_serve_deployment_replica_healthy", "gauge", SERVE, (*_DEPLOYMENT, "replica"), "1 for each."),
         Foreign(
             "ray_serve_deployment_replica_starts_total",

@@ -33,7 +33,7 @@ LABELS = {
     "run": Label("Training run.", 4),
     "part": Label("Part of the loss.", 3),
     "check": Label("What a new version is judged by.", 6),
-    "outcome": Label("What became of a new version.", 2),
+    "outcome": Label("What became of a new version: switched, rejected; of a usage record: written, lost.", 2),
 }
 """By name. Ray adds its own, constant in a process: WorkerId, NodeAddress, SessionName, Version, Component, pid."""
 
@@ -229,6 +229,23 @@ _GATEWAY = (
     ),
 )
 
+_USAGE = (
+    Metric(
+        "swiftkv_usage_records_total",
+        "counter",
+        "Usage records written to the store, and lost because it did not answer for too long.",
+        ("outcome",),
+        "serving/usage/writer.py",
+    ),
+    Metric(
+        "swiftkv_usage_unwritten_tokens",
+        "gauge",
+        "Tokens in usage records that are yet to be written: what a bill misses if this process is killed now.",
+        (),
+        "serving/usage/writer.py",
+    ),
+)
+
 _VERSIONS = (
     Metric(
         "swiftkv_rollout_share_frac",
@@ -253,5 +270,5 @@ _VERSIONS = (
     ),
 )
 
-METRICS = {metric.name: metric for metric in (*_DISTILLATION, *_POLICY, *_POOLS, *_GATEWAY, *_VERSIONS)}
+METRICS = {metric.name: metric for metric in (*_DISTILLATION, *_POLICY, *_POOLS, *_GATEWAY, *_USAGE, *_VERSIONS)}
 """By name."""

@@ -5,6 +5,7 @@ Called by: Ray Serve, through the import path `swiftkv.serving.gateway.app:build
 Calls: gateway/routes.py, gateway/admission_server.py.
 """
 
+import asyncio
 import os
 from typing import Any
 
@@ -84,3 +85,8 @@ class GatewayServer:
     def reconfigure(self, settings: dict[str, Any]) -> None:
         """Serve's hook for changed settings."""
         self._gateway.configure(GatewaySettings.model_validate(settings))
+
+    async def __del__(self) -> None:
+        """Serve's hook before it ends a replica."""
+        if (gateway := getattr(self, "_gateway", None)) is not None:
+            await asyncio.to_thread(gateway.close)

@@ -6,6 +6,7 @@ Called by: Starlette, for every request of the gateway. Calls: gateway/exchange.
 
 import asyncio
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from starlette.datastructures import Headers
@@ -28,8 +29,10 @@ logger = logging.getLogger(__name__)
 class Edge:
     """ASGI middleware around the whole application."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, on_end: Callable[[Exchange], None]) -> None:
+        """`on_end` is told every request that has ended."""
         self._app = app
+        self._on_end = on_end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request, or the lifespan, which passes through."""
@@ -68,6 +71,7 @@ class Edge:
         finally:
             if scope["path"] not in UNLOGGED:
                 exchange.end()
+                self._on_end(exchange)
 
 
 async def answer_refusal(request: Request, error: Exception) -> Response:

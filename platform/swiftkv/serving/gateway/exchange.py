@@ -1,7 +1,7 @@
 """What is known of one HTTP request while it runs, and the line and the counters that remain of it.
 
 Never holds text of a prompt or an answer.
-Called by: gateway/edge.py, gateway/generation.py. Calls: metrics, gateway/settings.py.
+Called by: gateway/edge.py, gateway/generation.py. Calls: metrics, gateway/settings.py, serving/usage.
 """
 
 import json
@@ -12,9 +12,11 @@ import secrets
 import sys
 import time
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 
 from swiftkv import metrics
 from swiftkv.serving.gateway.settings import Targets
+from swiftkv.serving.usage.records import UsageRecord
 
 NOBODY = "-"
 """Label of requests without a known tenant or model: what a client makes up is never a label."""
@@ -45,7 +47,10 @@ class Exchange:
     """One request and its answer. Times are of time.monotonic()."""
 
     request_id: str
+    """As the client is told; it may use one twice at once."""
     route: str
+    id: str = field(default_factory=lambda: secrets.token_hex(12))
+    """Unique."""
     began_s: float = field(default_factory=time.monotonic)
     tenant: str = NOBODY
     model: str = NOBODY
@@ -111,6 +116,27 @@ class Exchange:
                 metrics.observe(name, seconds, **labels)
         if self.queue_s is not None:
             metrics.observe("swiftkv_gateway_queue_seconds", self.queue_s, **named)
+
+    def build_usage(self) -> UsageRecord:
+        """What remains for the bill."""
+        return UsageRecord(
+            id=self.id,
+            request_id=self.request_id,
+            ended_at=datetime.now(UTC),
+            tenant=self.tenant,
+            model=self.model,
+            version=self.application or NOBODY,
+            route=self.route,
+            status=self.status,
+            reason=self.reason,
+            prompt_tokens=self.usage.prompt,
+            cached_tokens=self.usage.cached,
+            completion_tokens=self.usage.completion,
+            queue_s=self.queue_s,
+            ttft_s=self.ttft_s,
+            tpot_s=self.tpot_s,
+            total_s=self.elapsed_s(),
+        )
 
     def format_line(self) -> str:
         """The request as one line of JSON."""

@@ -13,10 +13,12 @@ from typing import Any
 from swiftkv.serving.gateway.admission import Admission
 from swiftkv.serving.gateway.admission_client import AdmissionClient, SharedAdmission
 from swiftkv.serving.gateway.comparing import Comparer
+from swiftkv.serving.gateway.exchange import NOBODY, Exchange
 from swiftkv.serving.gateway.refusals import refuse
 from swiftkv.serving.gateway.settings import GatewaySettings
 from swiftkv.serving.gateway.tenants import Tenant, TenantDirectory
 from swiftkv.serving.gateway.upstream import Upstream
+from swiftkv.serving.usage.writer import UsageWriter
 
 READY_FOR_S = 1.0
 """How long one look at the versions holds: whoever asks more often gets the last answer."""
@@ -34,6 +36,7 @@ class Gateway:
         self.name = secrets.token_hex(8)
         self.admission = AdmissionClient(self.name, self._local, shared, settings.lease_s)
         self.comparer = Comparer(upstream, self.admission.note)
+        self._usage = UsageWriter(settings.usage_store, self.name) if settings.usage_store else None
         self._began = int(time.time())
         self._looking = asyncio.Lock()
         self._looked_s = -READY_FOR_S
@@ -49,6 +52,16 @@ class Gateway:
         self.settings = settings
         self._local.configure(settings)
         self.upstream.forget()
+
+    def note_end(self, exchange: Exchange) -> None:
+        """A request has ended; that of a known tenant leaves a record."""
+        if self._usage is not None and exchange.tenant != NOBODY:
+            self._usage.add(exchange.build_usage())
+
+    def close(self) -> None:
+        """Writes what is still to be written."""
+        if self._usage is not None:
+            self._usage.close()
 
     def choose_model(self, given: Any, tenant: Tenant) -> str:
         """The model that a request means.

@@ -10,7 +10,6 @@ that order.
 import asyncio
 import logging
 import math
-import secrets
 import time
 from contextlib import suppress
 from typing import Any
@@ -46,7 +45,7 @@ class Generation:
         self._gateway = gateway
         self._kind = kind
         self._exchange = exchange
-        self._id = f"{exchange.request_id}-{secrets.token_hex(4)}"  # a client may use its own id twice at once
+        self._id = f"{exchange.request_id}-{exchange.id}"  # a client may use its own id twice at once
         self._stream: Stream | None = None
         self._asked_s = 0.0
         self._first_s: float | None = None

@@ -26,7 +26,7 @@ def build_routes(gateway: Gateway) -> FastAPI:
     app = FastAPI(title="SwiftKV", version=__version__, docs_url=None, redoc_url=None)
     for error_class in (Refusal, HTTPException, RequestValidationError):
         app.add_exception_handler(error_class, answer_refusal)
-    app.add_middleware(Edge)
+    app.add_middleware(Edge, on_end=gateway.note_end)
     _add_bodies(app, gateway)
     _add_models(app, gateway)
     _add_health(app, gateway)

@@ -125,6 +125,10 @@ class GatewaySettings(StrictModel):
     """YAML or JSON file of tenants and hashes of their keys, on every node that runs a gateway; read again when it
     changes. None: no keys, everyone is the tenant `anonymous`; for loopback only."""
 
+    usage_store: str | None = None
+    """A folder or a bucket's URL to which each request's tenant, model and tokens are written every five seconds, for
+    `swiftkv usage`. Read at the start. None: nothing is written."""
+
     limits: Limits = Limits()
     """Bounds of every request."""
 

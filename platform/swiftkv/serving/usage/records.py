@@ -1,0 +1,66 @@
+"""What remains of a request for the bill: who asked, which version answered, how many tokens, how it ended. No text.
+
+Called by: gateway/gateway.py, usage/writer.py, usage/summing.py. Calls: pyarrow.
+"""
+
+import io
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+FOLDER = "usage"
+"""Below the store."""
+
+
+@dataclass(frozen=True, slots=True)
+class UsageRecord:
+    """One request of a known tenant."""
+
+    id: str
+    """Unique: a record that is there twice counts once."""
+    request_id: str
+    """As the client was told."""
+    ended_at: datetime
+    """UTC."""
+    tenant: str
+    model: str
+    version: str
+    """Serve application; `-` if none was asked."""
+    route: str
+    status: int
+    reason: str | None
+    prompt_tokens: int
+    """Cached ones included."""
+    cached_tokens: int
+    completion_tokens: int
+    queue_s: float | None
+    ttft_s: float | None
+    tpot_s: float | None
+    total_s: float
+
+
+_TYPES = {str: pa.string(), int: pa.int64(), float: pa.float64(), datetime: pa.timestamp("ms", tz="UTC")}
+_OPTIONAL = {str | None: pa.string(), float | None: pa.float64()}
+SCHEMA = pa.schema([(field.name, (_TYPES | _OPTIONAL)[field.type]) for field in fields(UsageRecord)])
+"""Of every file."""
+
+
+def encode(records: Sequence[UsageRecord]) -> bytes:
+    """The records as one Parquet file."""
+    table = pa.Table.from_pylist([asdict(record) for record in records], schema=SCHEMA)
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd")
+    return buffer.getvalue()
+
+
+def decode(content: bytes) -> pa.Table:
+    """The records of a Parquet file. Raises: pyarrow.ArrowException if it is none of ours."""
+    return pq.read_table(io.BytesIO(content)).cast(SCHEMA)
+
+
+def name_folder(at: datetime) -> str:
+    """Where records that are written at that time go: a folder an hour."""
+    return f"{FOLDER}/{at.astimezone(UTC):%Y-%m-%d/%H}"
