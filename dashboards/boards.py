@@ -329,6 +329,34 @@ TENANTS = Board(
                 width=12,
             ),
         ),
+        "Cost": (
+            Panel(
+                "Replicas in use, by tenant and phase",
+                "replicas",
+                "transfer large: replicas wait for KV; a tenant's decode far above its prefill: long answers.",
+                (
+                    Query(
+                        'sum by (tenant, phase) (rate(ray_swiftkv_replica_seconds_total{tenant=~"$tenant"}[5m]))',
+                        "{{tenant}} {{phase}}",
+                    ),
+                ),
+                width=12,
+            ),
+            Panel(
+                "Idle replicas",
+                "replicas",
+                "Near all replicas for long: the pools are larger than what is asked of them.",
+                (
+                    Query(
+                        "sum by (application, pool) (rate("
+                        'ray_swiftkv_replica_seconds_total{phase="idle"}[5m]) * on (WorkerId) '
+                        "group_left (application, pool) swiftkv:replica:info)",
+                        "{{application}} {{pool}}",
+                    ),
+                ),
+                width=12,
+            ),
+        ),
         "Service": (
             Panel(
                 "TTFT, p95",

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.parse
@@ -51,6 +52,7 @@ EXPORT_S = 25.0
 NUM_REQUESTS, DURATION_S = 80, 40.0
 TARGETS = {"ttft_s": 5, "tpot_s": 1}
 BAD_KEY = "swk_wrong"
+TENANTS = ("one", "two", "three", "four", "five")
 
 QUIET = {
     # What nothing in this stack does, so that Prometheus has no such series yet.
@@ -101,7 +103,7 @@ def stack(tmp_path_factory):
     folder = tmp_path_factory.mktemp("metering")
     student = write_student(folder / "tiny", TinyShape(max_position_embeddings=2304), 2, 2)
     keys, tenants = {}, []
-    for name in ("one", "two"):
+    for name in TENANTS:
         keys[name], digest = create_key()
         tenants.append({"name": name, "key_sha256": [digest]})
     (folder / "tenants.yaml").write_text(yaml.safe_dump({"tenants": tenants}))
@@ -208,7 +210,7 @@ def load(stack):
 
 
 def build_request(stack, rng, index, arrival_s):
-    tenant = ("one", "two", "two")[index % 3]
+    tenant = TENANTS[index % 7 % len(TENANTS)]
     prompt = random_prompt_ids(rng, rng.randint(5, 400))
     body = {"model": "tiny", "prompt": prompt, "max_tokens": rng.randint(2, 12), "temperature": 0, "ignore_eos": True}
     return Request(body | {"stream": index % 4 != 0}, arrival_s, tenant, key=stack.keys[tenant])
@@ -247,7 +249,7 @@ def test_the_load_was_answered(load):
     assert len(list_complete(load)) == NUM_REQUESTS, {a.reason for a in load[0] if a.outcome != "complete"}
 
 
-@pytest.mark.parametrize("tenant", ["one", "two"])
+@pytest.mark.parametrize("tenant", TENANTS)
 def test_counters_grow_by_exactly_what_each_tenant_was_answered(load, tenant):
     answers = list_complete(load, tenant)
     assert count_grown(load, "answered", tenant) == len(answers)
@@ -279,6 +281,41 @@ def test_usage_records_sum_to_the_same(stack, load):
         assert row["requests"] == load[2]["answered"][tenant]
         for kind in ("prompt", "completion"):
             assert row[f"{kind}_tokens"] == load[2]["tokens"][tenant, kind]
+
+
+def test_seconds_of_engines_are_their_lives_and_every_tenant_has_some(stack, load):
+    """Each ledger, between two of its writings, against the clock; and what is exported of all of them."""
+    before = read_ledgers()
+    requests = [build_request(stack, random.Random(index), index, 0.2 * index) for index in range(50)]
+    run_open(stack.base_url, requests)
+    time.sleep(2)
+    after = read_ledgers()
+    assert len(before) == len(after) >= 2
+    for path, (at_s, rows) in after.items():
+        lived = at_s - before[path][0]
+        told = sum(seconds for _, _, seconds in rows) - sum(seconds for _, _, seconds in before[path][1])
+        print(f"\n{told:.2f} s in accounts, {lived:.2f} s passed")
+        assert told == pytest.approx(lived, rel=0.02)
+    time.sleep(EXPORT_S)
+    exported = stack.query("sum by (tenant, phase) (ray_swiftkv_replica_seconds_total)")
+    seconds = {tuple(value for _, value in sorted(labels)): value for labels, value in exported.items()}
+    assert {tenant for _, tenant in seconds} == {*stack.keys, "-"}
+    assert {phase for phase, _ in seconds} >= {"prefill", "decode", "idle"}
+    for tenant in stack.keys:
+        assert seconds["decode", tenant] > 0 and seconds["prefill", tenant] > 0
+    for (phase, tenant), value in seconds.items():
+        if tenant != "-":
+            in_ledgers = sum(s for _, rows in after.values() for t, p, s in rows if (t, p) == (tenant, phase))
+            assert value == pytest.approx(in_ledgers, rel=1e-6), (tenant, phase)
+
+
+def read_ledgers():
+    """When each was written, and its rows, by its path."""
+    found = {}
+    for path in Path(tempfile.gettempdir()).glob("swiftkv-ledger-*/ledger.json"):
+        if time.time() - path.stat().st_mtime < 3:  # of an engine that runs
+            found[path] = (path.stat().st_mtime, json.loads(path.read_text()))
+    return found
 
 
 def test_ttft_is_within_a_bucket_of_what_clients_saw(stack, load):

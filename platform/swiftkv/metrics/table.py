@@ -27,6 +27,7 @@ LABELS = {
     "application": Label("Serve application of a pair of pools.", 8),
     "pool": Label("prefill, decode, or both.", 3),
     "input": Label("Name of a figure in the policy's log line.", 32),
+    "phase": Label("What an engine did: prefill, transfer (nothing but KV on its way), decode, idle.", 4),
     "way": Label("Where a prompt was prefilled: remote or local.", 2),
     "doing": Label("What a prefill engine did: computing, waiting (prompts had no KV blocks), exporting.", 3),
     "target": Label("Which was met: ttft, tpot (of streamed answers), or both by a whole answer.", 3),
@@ -156,6 +157,13 @@ _POOLS = (
         ("application",),
         "serving/decode.py",
         _LENGTHS_TOKENS,
+    ),
+    Metric(
+        "swiftkv_replica_seconds_total",
+        "counter",
+        "Seconds of a replica's engine by whom they were for; all of a replica's together are its life.",
+        ("tenant", "phase"),
+        "serving/costs.py",
     ),
     Metric(
         "swiftkv_prefill_seconds_total",

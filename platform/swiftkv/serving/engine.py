@@ -1,4 +1,5 @@
-"""Ray Serve LLM's vLLM engine, in one process where its environment says so (engine/one_process.py).
+"""Ray Serve LLM's vLLM engine, in one process where its environment says so (engine/one_process.py), with its seconds
+exported (serving/costs.py).
 
 Ray names vLLM's executor of several processes for every engine on a CPU.
 Called by: serving/server.py, serving/prefill.py, serving/decode.py.
@@ -13,12 +14,14 @@ from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
 from vllm.distributed.nixl_utils import NixlWrapper  # noqa: F401
 
 from swiftkv.engine import one_process
+from swiftkv.serving.costs import CostReader
 
 
 class PoolEngine(VLLMEngine):
     """The engine of one replica."""
 
     def _start_async_llm_engine(self, engine_args: Any, engine_config: Any, placement_group: Any) -> Any:
+        self._costs = CostReader()
         if one_process.is_asked_for():
             engine_config.parallel_config.distributed_executor_backend = "uni"
         return super()._start_async_llm_engine(engine_args, engine_config, placement_group)

@@ -14,7 +14,7 @@ from ray import serve
 from ray.serve.llm import LLMConfig, build_llm_deployment
 
 from swiftkv.config import home
-from swiftkv.engine import one_process
+from swiftkv.engine import one_process, scheduler_names
 from swiftkv.engine.settings import EngineSettings
 from swiftkv.serving.config import PairedPool, PairSettings, PoolSettings
 from swiftkv.serving.decode import DecodeServer
@@ -123,6 +123,7 @@ def _build_llm_config(
             "strategy": "STRICT_PACK",
         },
         engine_kwargs=engine.build_engine_arguments()
+        | {"scheduler_cls": scheduler_names.CLASS if is_cpu else scheduler_names.ASYNC_CLASS}
         | _build_frontend_arguments(settings)
         | (one_process.build_arguments() if _count_threads(engine, pool.hardware, max_replicas) else {}),
         runtime_env={"env_vars": build_environment(engine, pool.hardware, max_replicas)},

@@ -18,6 +18,7 @@ from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 from vllm.entrypoints.generate.base.protocol import StreamOptions
 
+from swiftkv.engine.scheduler_names import TENANT_KEY
 from swiftkv.serving.gateway.connection import ClientLeft, check_length, read_body, run_while_connected
 from swiftkv.serving.gateway.exchange import CLIENT_LEFT, Exchange, Usage
 from swiftkv.serving.gateway.gateway import Gateway
@@ -146,6 +147,7 @@ class Generation:
             return False
         request.request_id = self._id
         request.cache_salt = self._gateway.salt(tenant, request.cache_salt)
+        request.vllm_xargs = {**(request.vllm_xargs or {}), TENANT_KEY: tenant.name}
         if not request.stream:
             return False
         keeps_usage = bool(request.stream_options and request.stream_options.include_usage)

@@ -87,3 +87,10 @@ def test_which_targets_an_answer_met(ttft_s, ended_s, met):
 def test_without_targets_every_whole_answer_is_good():
     exchange = Exchange("id", "POST /v1/completions", usage=Usage(prompt=5, completion=1), ended_s=1e6)
     assert exchange.list_met_targets() == ["both"]
+
+
+def test_engines_are_told_whose_a_request_is_and_clients_cannot_say_otherwise(make_world):
+    world = make_world()
+    assert post(world, vllm_xargs={"swiftkv_tenant": "somebody else", "own": 1}).status_code in (200, 400)
+    assert post(world).status_code == 200
+    assert {call.request.vllm_xargs["swiftkv_tenant"] for call in world.version.calls} == {"anonymous"}
