@@ -5,13 +5,16 @@ bookkeeping of times that are given; knows no vLLM.
 Called by: engine/scheduler.py.
 """
 
-from collections import Counter, deque
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 Phase = Literal["prefill", "transfer", "decode", "idle"]
 """transfer: nothing could be computed, because KV was on its way."""
+
+Account = tuple[str, Phase]
+"""Tenant and phase."""
 
 NOBODY = "-"
 """Whom idle time is for, and requests that name nobody."""
@@ -30,7 +33,7 @@ class Ledger:
     """Seconds by tenant and phase. Times are of one clock that only goes forward."""
 
     def __init__(self, now_s: float) -> None:
-        self._accounts: Counter[tuple[str, Phase]] = Counter()
+        self._accounts: dict[Account, float] = defaultdict(float)
         self._settled_s = now_s
         self._scheduled: deque[Sequence[Share]] = deque()
         self._has_work = False
@@ -51,13 +54,11 @@ class Ledger:
         self._settle(now_s, shares)
         self._has_work = has_work or bool(self._scheduled)
 
-    def read(self, now_s: float) -> dict[tuple[str, Phase], float]:
+    def read(self, now_s: float) -> dict[Account, float]:
         """Seconds in each account; those of a step that runs are in none yet."""
-        accounts = dict(self._accounts)
         if not self._has_work:
-            idle = (NOBODY, "idle")
-            accounts[idle] = accounts.get(idle, 0.0) + now_s - self._settled_s  # type: ignore[index]
-        return accounts
+            self._settle(now_s, [])
+        return dict(self._accounts)
 
     def _settle(self, now_s: float, shares: Sequence[Share]) -> None:
         seconds, self._settled_s = now_s - self._settled_s, now_s

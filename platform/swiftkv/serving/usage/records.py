@@ -5,7 +5,7 @@ Called by: gateway/gateway.py, usage/writer.py, usage/summing.py. Calls: pyarrow
 
 import io
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 
 import pyarrow as pa
@@ -42,9 +42,26 @@ class UsageRecord:
     total_s: float
 
 
-_TYPES = {str: pa.string(), int: pa.int64(), float: pa.float64(), datetime: pa.timestamp("ms", tz="UTC")}
-_OPTIONAL = {str | None: pa.string(), float | None: pa.float64()}
-SCHEMA = pa.schema([(field.name, (_TYPES | _OPTIONAL)[field.type]) for field in fields(UsageRecord)])
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("request_id", pa.string()),
+        ("ended_at", pa.timestamp("ms", tz="UTC")),
+        ("tenant", pa.string()),
+        ("model", pa.string()),
+        ("version", pa.string()),
+        ("route", pa.string()),
+        ("status", pa.int64()),
+        ("reason", pa.string()),
+        ("prompt_tokens", pa.int64()),
+        ("cached_tokens", pa.int64()),
+        ("completion_tokens", pa.int64()),
+        ("queue_s", pa.float64()),
+        ("ttft_s", pa.float64()),
+        ("tpot_s", pa.float64()),
+        ("total_s", pa.float64()),
+    ]
+)
 """Of every file."""
 
 
