@@ -16,7 +16,7 @@ def _quantiles(name: str, of: str, *fractions: float) -> tuple[Query, ...]:
         Query(
             f"histogram_quantile({fraction}, sum by (le, {of}) ("
             f"rate(ray_swiftkv_gateway_{name}_bucket{_BY_TENANT}[5m])))",
-            f"p{100 * fraction:g} {{{{{of}}}}}",
+            f"{name.partition('_')[0].upper()} p{100 * fraction:g} {{{{{of}}}}}",
         )
         for fraction in fractions
     )
