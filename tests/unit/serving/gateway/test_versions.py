@@ -49,7 +49,11 @@ def send(world, number=20, body=TEXT, path="/v1/completions", num_gateways=1):
 @pytest.mark.parametrize("stream", [False, True])
 def test_answer_names_its_version(world, stream):
     answers, _ = send(world, body=TEXT | {"stream": stream})
-    asked = {call.request.request_id.rpartition("-")[0]: name for name, found in world.versions.items() for call in found.calls}
+    asked = {
+        call.request.request_id.rpartition("-")[0]: name
+        for name, found in world.versions.items()
+        for call in found.calls
+    }
     named = {answer.headers["x-request-id"]: answer.headers["x-swiftkv-application"] for answer in answers}
     assert named == asked
     assert set(named.values()) == {"old", "new"}
