@@ -164,8 +164,9 @@ POOLS = Board(
             Panel(
                 "Prompt tokens that wait",
                 "tokens",
-                "Growing: prompts come faster than the pool computes them.",
+                "Growing in a pool: prompts come faster than it computes; in the gateway: its capacity is the limit.",
                 (
+                    Query(f"ray_swiftkv_gateway_queued_prompt_tokens{_BY_MODEL}", "gateway {{model}}"),
                     Query(
                         f'ray_swiftkv_policy_input{{{_OF_APPLICATION}, pool=~"$pool", input="queued_prompt_tokens"}}',
                         "{{application}} {{pool}}",
@@ -204,6 +205,8 @@ POOLS = Board(
                 (
                     Query(f"swiftkv:pool_sequences:running{_BY_POOL}", "running {{replica}}"),
                     Query(f"swiftkv:pool_sequences:waiting{_BY_POOL}", "waiting {{replica}}"),
+                    Query(f"ray_swiftkv_gateway_in_flight_sequences{_BY_MODEL}", "given by gateways {{model}}"),
+                    Query(f"ray_swiftkv_gateway_queued_requests{_BY_MODEL}", "waiting in gateways {{model}}"),
                 ),
             ),
         ),

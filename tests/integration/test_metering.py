@@ -224,7 +224,7 @@ def read_counters(stack):
     tokens = {
         (tenant, kind): stack.total("ray_swiftkv_gateway_tokens_total", tenant=tenant, kind=kind)
         for tenant in stack.keys
-        for kind in ("prompt", "completion")
+        for kind in ("prompt", "cached", "completion")
     }
     answered = {
         tenant: stack.total("ray_swiftkv_gateway_requests_total", tenant=tenant, status="200") for tenant in stack.keys
@@ -261,6 +261,13 @@ def test_counters_grow_by_exactly_what_each_tenant_was_answered(load, tenant):
     completion = sum(answer.request.body["max_tokens"] for answer in answers)
     assert count_grown(load, "tokens", (tenant, "prompt")) == prompt
     assert count_grown(load, "tokens", (tenant, "completion")) == completion
+
+
+def test_only_prompts_that_came_before_count_as_cached(load):
+    """Not those whose KV came from the prefill pool."""
+    _, before, *_ = load
+    assert before["tokens"]["one", "cached"] > 0
+    assert [count_grown(load, "tokens", (tenant, "cached")) for tenant in TENANTS] == [0] * len(TENANTS)
 
 
 def test_engines_counted_the_same_tokens(load):

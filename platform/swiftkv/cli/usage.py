@@ -43,6 +43,9 @@ def usage(
     if as_json:
         typer.echo(json.dumps(rows))
         return
+    if not rows:
+        console.print(f"no record of that time in {store}: is it the gateway's usage_store?", soft_wrap=True)
+        return
     title = f"tokens, {begin:%Y-%m-%d %H:%M} to {end:%Y-%m-%d %H:%M} UTC"
     table = Table(title=title, title_justify="left")
     for column in columns:

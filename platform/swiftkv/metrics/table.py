@@ -237,6 +237,30 @@ _GATEWAY = (
     ),
 )
 
+_QUEUE = (
+    Metric(
+        "swiftkv_gateway_queued_requests",
+        "gauge",
+        "Requests that wait in the gateways' fair queue.",
+        ("model",),
+        "serving/gateway/admission_server.py",
+    ),
+    Metric(
+        "swiftkv_gateway_queued_prompt_tokens",
+        "gauge",
+        "Their prompt tokens.",
+        ("model",),
+        "serving/gateway/admission_server.py",
+    ),
+    Metric(
+        "swiftkv_gateway_in_flight_sequences",
+        "gauge",
+        "Sequences that the gateways have given to engines.",
+        ("model",),
+        "serving/gateway/admission_server.py",
+    ),
+)
+
 _USAGE = (
     Metric(
         "swiftkv_usage_records_total",
@@ -278,5 +302,7 @@ _VERSIONS = (
     ),
 )
 
-METRICS = {metric.name: metric for metric in (*_DISTILLATION, *_POLICY, *_POOLS, *_GATEWAY, *_USAGE, *_VERSIONS)}
+METRICS = {
+    metric.name: metric for metric in (*_DISTILLATION, *_POLICY, *_POOLS, *_GATEWAY, *_QUEUE, *_USAGE, *_VERSIONS)
+}
 """By name."""

@@ -27,7 +27,14 @@ from swiftkv.serving.config import HopSettings
 from swiftkv.serving.engine import PoolEngine
 from swiftkv.serving.engine_log import EngineLog
 from swiftkv.serving.hop import Beginnings, HopCosts, SeenPrefixes
-from swiftkv.serving.prompts import TokenLengths, count_sequences, leave_only_prompt, read_prompt
+from swiftkv.serving.prompts import (
+    TokenLengths,
+    count_cached,
+    count_sequences,
+    leave_only_prompt,
+    read_prompt,
+    tell_cached,
+)
 from swiftkv.serving.tokenizing import Tokenizing
 from swiftkv.serving.workload import DecodeWorkload, Served
 
@@ -46,6 +53,8 @@ class Prompt:
     """Of these, not in this engine's cache."""
     salt: str
     """Only prompts of equal salt share KV."""
+    cached_elsewhere: int = 0
+    """Tokens, of one that was handed over, that the prefill replica had in its cache."""
 
 
 class DecodeServer(Tokenizing, PDDecodeServer):
@@ -91,7 +100,7 @@ class DecodeServer(Tokenizing, PDDecodeServer):
                 # A whole answer comes at once, so its first chunk tells nothing about the first token.
                 if is_first and served.is_streamed:
                     self._note_first_token(prompt, handed_over, started)
-                yield chunk
+                yield tell_cached(chunk, prompt.cached_elsewhere) if handed_over else chunk
         finally:
             if served.completion_tokens:
                 self._seen.add(prompt.text, prompt.salt)
@@ -193,6 +202,7 @@ class DecodeServer(Tokenizing, PDDecodeServer):
         finished = time.monotonic()
         costs.add_remote(prompt.uncached, finished - now)
         self._lengths.learn(request, answer)
+        prompt.cached_elsewhere = count_cached(answer)
         return finished, backend.prepare_decode_request(request=request, peer=None, prefill_response=answer)
 
     async def _ask_prefill_pool(self, method: str, asked: Any, raw_request_info: Any, beginning: str | None) -> Any:

@@ -1,13 +1,16 @@
-"""What a request's prompt is before anybody has tokenised it.
+"""What a request's prompt is before anybody has tokenised it, and what an answer says of it.
 
 Called by: serving/decode.py, serving/prefill.py.
 """
 
+import json
 from types import SimpleNamespace
 from typing import Any
 
 BYTES_PER_TOKEN = 4.0
 """Of English text, until answers have told a model's own."""
+
+_DATA = "data: "
 
 _LEARNING = 0.1
 """What one answer counts for against all before it."""
@@ -59,6 +62,29 @@ def count_cached(answer: Any) -> int:
     """Prompt tokens of the answer that its engine had in its cache."""
     details = getattr(getattr(answer, "usage", None), "prompt_tokens_details", None)
     return int(getattr(details, "cached_tokens", None) or 0)
+
+
+def tell_cached(chunk: Any, cached_tokens: int) -> Any:
+    """An item of an answer, its usage saying so many cached tokens.
+
+    A decode engine counts KV that came from a prefill replica as cached; what that replica had to compute is not.
+    """
+    if isinstance(chunk, list):
+        return [tell_cached(part, cached_tokens) for part in chunk]
+    if isinstance(chunk, str):
+        return "\n".join(_tell_cached(line, cached_tokens) for line in chunk.split("\n"))
+    details = getattr(getattr(chunk, "usage", None), "prompt_tokens_details", None)
+    if details is not None:
+        details.cached_tokens = cached_tokens
+    return chunk
+
+
+def _tell_cached(line: str, cached_tokens: int) -> str:
+    if '"cached_tokens"' not in line:  # in a text its quotes have backslashes
+        return line
+    event = json.loads(line.removeprefix(_DATA))
+    event["usage"]["prompt_tokens_details"]["cached_tokens"] = cached_tokens
+    return f"{_DATA}{json.dumps(event, separators=(',', ':'), ensure_ascii=False)}"
 
 
 def read_prompt(request: Any) -> tuple[str, float]:

@@ -1,6 +1,7 @@
 """What a decode replica does with the prefill pool's answers, errors and silence. Its engine is a stand-in."""
 
 import asyncio
+import json
 import time
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionReq
 from swiftkv.serving.config import HopSettings
 from swiftkv.serving.decode import DecodeServer
 from swiftkv.serving.hop import TOGETHER, Beginnings, HopCosts, SeenPrefixes
-from swiftkv.serving.prompts import TokenLengths, read_prompt
+from swiftkv.serving.prompts import TokenLengths, count_cached, read_prompt, tell_cached
 from swiftkv.serving.workload import DecodeWorkload
 
 KV = {"remote_engine_id": "e", "remote_block_ids": [1]}
@@ -302,3 +303,16 @@ def test_a_beginning_that_all_share_does_not_keep_to_one_prefill_replica(decoded
     for _ in range(3):
         asyncio.run(run_all(1))
     assert set(names[-3:]) == {names[0]}, "one after another they go where their KV is"
+
+
+def test_what_a_prefill_replica_computed_does_not_count_as_cached():
+    event = {"choices": [], "usage": {"prompt_tokens": 400, "prompt_tokens_details": {"cached_tokens": 384}}}
+    text = {"choices": [{"text": 'é "cached_tokens": 5'}], "usage": None}
+    first, last = (f"data: {json.dumps(value, ensure_ascii=False)}\n\n" for value in (text, event))
+    assert tell_cached(first, 0) == first
+    told = tell_cached([first, last], 128)
+    assert told[0] == first and told[1].endswith("\n\n")
+    assert json.loads(told[1].removeprefix("data: "))["usage"]["prompt_tokens_details"]["cached_tokens"] == 128
+    whole = SimpleNamespace(usage=SimpleNamespace(prompt_tokens_details=SimpleNamespace(cached_tokens=384)))
+    assert count_cached(tell_cached(whole, 0)) == 0
+    assert tell_cached("data: [DONE]\n\n", 0) == "data: [DONE]\n\n"

@@ -10,10 +10,14 @@ import secrets
 import time
 from typing import Any
 
+from swiftkv.metrics import record
 from swiftkv.serving.gateway.admission import Admission
 from swiftkv.serving.gateway.outcomes import VersionCounts, VersionReport, add_outcomes
 from swiftkv.serving.gateway.settings import GatewaySettings
 from swiftkv.serving.gateway.tickets import Decision, Report, Ticket
+
+TELL_S = 1.0
+"""Between two exports of what waits."""
 
 
 class AdmissionServer:
@@ -24,6 +28,7 @@ class AdmissionServer:
         self._epoch = secrets.token_hex(8)
         self._began_s = time.monotonic()
         self._counts: dict[str, VersionCounts] = {}
+        self._told_s = 0.0
 
     def reconfigure(self, settings: dict[str, Any]) -> None:
         """Serve's hook, called with the first settings and with every later change of them."""
@@ -43,6 +48,7 @@ class AdmissionServer:
         assert self._admission is not None
         add_outcomes(self._counts, report.outcomes)
         await self._admission.report(report)
+        self._tell()
 
     async def describe_versions(self) -> VersionReport:
         """What became of all gateways' requests at each version, for whoever compares versions (serving/rollout)."""
@@ -50,10 +56,15 @@ class AdmissionServer:
         in_flight = self._admission.count_in_flight()
         return VersionReport(self._epoch, time.monotonic() - self._began_s, dict(self._counts), in_flight)
 
-    async def describe(self) -> dict[str, dict[str, float | None]]:
-        """See `Admission.describe`."""
-        assert self._admission is not None
-        return self._admission.describe()
+    def _tell(self) -> None:
+        """Exports what waits and what engines have in hand; often enough, as gateways report every second."""
+        if self._admission is None or time.monotonic() - self._told_s < TELL_S:
+            return
+        self._told_s = time.monotonic()
+        for model, found in self._admission.describe().items():
+            record("swiftkv_gateway_queued_requests", found["queued_requests"] or 0, model=model)
+            record("swiftkv_gateway_queued_prompt_tokens", found["queued_prompt_tokens"] or 0, model=model)
+            record("swiftkv_gateway_in_flight_sequences", found["in_flight_sequences"] or 0, model=model)
 
 
 class HandleAdmission:

@@ -172,6 +172,7 @@ def test_the_command_sums_and_says_what_is_wrong(tmp_path):
     with pytest.raises(ConfigError, match="--by color: there is tenant"):
         raise run(*asked, "--by", "color").exception
     assert "2026-11-01" in run("--from", "yesterday").output
+    assert "no record of that time" in run("--from", "2025-01-01", "--to", "2025-01-02").stdout
 
 
 def test_a_gateway_s_requests_are_the_records(make_world, tmp_path):
