@@ -1,7 +1,7 @@
 """A board as a picture, from the queries that Grafana is given: to look at a run where there is no Grafana.
 
 `python dashboards/render.py swiftkv-throughput --prometheus http://127.0.0.1:9090 --minutes 10 --out throughput.png`.
-Calls: dashboards/boards.py, Prometheus' HTTP API.
+Calls: dashboards/boards, Prometheus' HTTP API.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Writes the files that Prometheus and Grafana read, from the code beside it: `make dashboards`.
 
-Calls: dashboards/rules.py, dashboards/boards.py, dashboards/grafana.py.
+Calls: dashboards/rules.py, dashboards/boards, dashboards/grafana.py.
 """
 
 import json
