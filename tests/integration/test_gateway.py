@@ -17,6 +17,7 @@ import httpx
 import psutil
 import pytest
 import yaml
+from logs import read_all
 
 pytestmark = pytest.mark.cluster
 
@@ -92,7 +93,7 @@ class Serving:
 
     def read_log(self):
         """What the gateways wrote of each request."""
-        texts = (path.read_text() for path in self.folder.glob("r/session_*/logs/worker-*.err"))
+        texts = read_all(self.folder.glob("r/session_*/logs/worker-*.err"))
         lines = (line for text in texts for line in text.splitlines() if line.startswith('{"request_id"'))
         return [json.loads(line) for line in lines]
 

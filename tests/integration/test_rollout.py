@@ -16,6 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 from fakes import TinyShape, write_student
+from logs import read_all
 
 pytestmark = pytest.mark.cluster
 
@@ -150,7 +151,7 @@ class World:
 
     def read_events(self, version):
         """What the rollout wrote of a version, by event."""
-        texts = (path.read_text() for path in self.cluster.folder.glob("r/session_*/logs/worker-*.err"))
+        texts = read_all(self.cluster.folder.glob("r/session_*/logs/worker-*.err"))
         lines = (line for text in texts for line in text.splitlines() if line.startswith('{"event"'))
         found = [line for line in map(json.loads, lines) if line["version"] == version]
         return {line["event"]: line for line in found}

@@ -207,7 +207,11 @@ def find_engine_errors(folder: Path) -> list[str]:
     """What the exceptions in the workers' logs say: vLLM's engine process states its cause only there."""
     found: dict[str, None] = {}  # in order, without repetition
     for path in sorted(folder.glob("r/session_*/logs/worker-*")):
-        lines = [_LOG_PREFIX.sub("", line) for line in path.read_text("utf-8", errors="replace").splitlines()]
+        try:
+            text = path.read_text("utf-8", errors="replace")
+        except FileNotFoundError:  # Ray removes the logs of workers that it started for nothing
+            continue
+        lines = [_LOG_PREFIX.sub("", line) for line in text.splitlines()]
         for start, line in enumerate(lines):
             if match := _EXCEPTION.search(line):
                 # A settings error of vLLM's goes on for two lines: the field, and what is wrong with it.
