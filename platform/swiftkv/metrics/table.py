@@ -272,7 +272,7 @@ _USAGE = (
     Metric(
         "swiftkv_usage_unwritten_tokens",
         "gauge",
-        "Tokens in usage records that are yet to be written: what a bill misses if this process is killed now.",
+        "Tokens in usage records that the store would not take yet; those of the last five seconds are not in it.",
         (),
         "serving/usage/writer.py",
     ),

@@ -2,7 +2,7 @@
 
 At least once: a batch has its name before it is written, and is written until the store has it, so that one that came
 through unheard is written over by itself. A killed process loses what it has not written yet, at most the last
-`FLUSH_S`, whose tokens it exports. Sums nothing.
+`FLUSH_S`, and what a store that was away had not taken. Sums nothing.
 Called by: gateway/gateway.py. Calls: usage/records.py, registry/storage.py, metrics.
 """
 
