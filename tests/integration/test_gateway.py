@@ -158,7 +158,7 @@ def build_config(port, tenants_file):
         "name": "tiny-1",
         "route_prefix": None,
         "import_path": "test_gateway:build_stand_in",
-        "runtime_env": {"env_vars": {"PYTHONPATH": str(HERE)}},
+        "runtime_env": {"env_vars": {"PYTHONPATH": f"{HERE}:{HERE.parent}"}},
     }
     gateway = {
         "name": "gateway",

@@ -6,8 +6,6 @@ Called by: bench/pairs.py, bench/engine.py.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 _RESAMPLES = 10_000
 
 
@@ -43,6 +41,8 @@ def summarise_values(values: Sequence[float]) -> Ratio:
 
     Raises: ValueError if there is none.
     """
+    import numpy as np  # the command line's help reaches this module, and must not wait for it
+
     if not values:
         raise ValueError("no pairs were measured")
     pairs = np.array(values)

@@ -142,7 +142,7 @@ def _publish(
 ) -> None:
     """Print the figures and the table, and write the files asked for. Of `kept_rows` the report keeps those that it has
     and that were not measured now, each with the command that did."""
-    command = shlex.join(["swiftkv", *sys.argv[1:]])
+    command = _describe_command(sys.argv[1:])
     figures = figures | {
         "rows": [result.to_json() | {"command": command} for result in results],
         "command": command,
@@ -156,6 +156,18 @@ def _publish(
         if kept_rows is not None and (report / "numbers.json").exists():
             figures, results = _keep_rows(report / "numbers.json", figures, kept_rows)
         _write_report(report, figures, results, title)
+
+
+def _describe_command(arguments: Sequence[str]) -> str:
+    """What measures the figures again: the command without the files of this machine that it wrote to."""
+    kept, waiting = [], list(arguments)
+    while waiting:
+        argument = waiting.pop(0)
+        if argument in ("--json", "--report"):
+            del waiting[:1]
+        elif not argument.startswith(("--json=", "--report=")):
+            kept.append(argument)
+    return shlex.join(["swiftkv", *kept])
 
 
 def _keep_rows(path: Path, figures: dict[str, Any], rows: Mapping[str, Row]) -> tuple[dict[str, Any], list[Result]]:

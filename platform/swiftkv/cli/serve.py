@@ -8,7 +8,7 @@ import shlex
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import yaml
@@ -18,10 +18,10 @@ from swiftkv.cluster import Cluster, find_cluster, start_cluster, stop_cluster
 from swiftkv.config import parse_settings
 from swiftkv.engine.compiler import EAGER_REASON
 from swiftkv.errors import ClusterError, ConfigError
-from swiftkv.serving.checks import check_config, check_model
-from swiftkv.serving.config import ServeSettings
-from swiftkv.serving.deploy import Progress, deploy, deploy_config, undeploy
-from swiftkv.serving.source import resolve_model
+
+if TYPE_CHECKING:  # imported where used: the settings' models take a quarter of the time of --help
+    from swiftkv.serving.config import ServeSettings
+    from swiftkv.serving.deploy import Progress
 
 _POLL_S = 1.0
 
@@ -45,6 +45,11 @@ def serve(
     detach: Annotated[bool, typer.Option(help="Leave it running; `swiftkv down` stops it.")] = False,
 ) -> None:
     """Serve a model, or what a Serve config file says, until Ctrl-C."""
+    from swiftkv.serving.checks import check_model
+    from swiftkv.serving.config import ServeSettings
+    from swiftkv.serving.deploy import deploy, deploy_config
+    from swiftkv.serving.source import resolve_model
+
     if model.endswith((".yaml", ".yml")):
         config = read_serve_config(Path(model))
         run(lambda cluster, report: _describe_config(config, deploy_config(cluster, config, report)), detach, Console())
@@ -72,7 +77,7 @@ def serve(
     run(lambda cluster, report: _describe_model(deploy(cluster, resolved, report)), detach, Console())
 
 
-def run(deploy_to: Callable[[Cluster, Progress], list[str]], detach: bool, console: Console) -> None:
+def run(deploy_to: Callable[[Cluster, "Progress"], list[str]], detach: bool, console: Console) -> None:
     """Serves until interrupted, then stops what it started: the cluster, or the pools where the cluster was there.
 
     `deploy_to`: deploys to a cluster and returns the lines that say so.
@@ -103,6 +108,8 @@ def _take_down(cluster: Cluster, existing: Cluster | None, console: Console) -> 
         stop_cluster(cluster)
         console.print("stopped")
     elif find_cluster():
+        from swiftkv.serving.deploy import undeploy
+
         undeploy(cluster)
         console.print("what was served is stopped; the cluster was running before and stays (`swiftkv down` stops it)")
 
@@ -112,6 +119,8 @@ def read_serve_config(path: Path) -> dict[str, Any]:
 
     Raises: ConfigError if it is no such file, or one of our applications has a wrong setting.
     """
+    from swiftkv.serving.checks import check_config
+
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -129,7 +138,7 @@ def _describe_config(config: dict[str, Any], base_url: str) -> list[str]:
     return [f"serving {names} at {base_url}", f"  curl {base_url}/models"]
 
 
-def _describe_model(served: ServeSettings) -> list[str]:
+def _describe_model(served: "ServeSettings") -> list[str]:
     body = shlex.quote(json.dumps({"model": served.model_id, "prompt": "def main(", "max_tokens": 32}))
     return [
         f"serving {served.model_id} at {served.base_url}",

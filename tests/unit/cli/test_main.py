@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from swiftkv.cli.bench import _describe_command
+
 CODE = """
 import time
 from swiftkv.cli import main
@@ -30,3 +32,12 @@ def test_a_supervisor_or_a_closed_terminal_ends_a_command_as_ctrl_c_does(number)
     process.send_signal(number)
     output, _ = process.communicate(timeout=20)
     assert output == "cleaned up\n" and process.returncode == 130
+
+
+@pytest.mark.parametrize(
+    "written",
+    [["--json", "/tmp/figures.json"], ["--report=reports/engine"], ["--report", "reports/engine", "--json", "a b"], []],
+)
+def test_a_report_names_the_command_without_the_files_of_its_machine(written):
+    arguments = ["bench", "engine", *written, "--rows", "prefill"]
+    assert _describe_command(arguments) == "swiftkv bench engine --rows prefill"
