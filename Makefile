@@ -4,9 +4,11 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart serve test soak check format dashboards lock clean
+.PHONY: help setup quickstart serve test soak check format dashboards references docs docs-serve lock audit release clean
 
 BIN := .venv/bin
+INSTALL_DOCS := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --require-hashes \
+	--only-binary=:all: -r requirements/docs.txt
 
 # Any Python from 3.8 on can run the scripts. One is tried before it is used: pyenv leaves commands that only fail.
 define run_python
@@ -18,7 +20,7 @@ exit 1
 endef
 
 help:  ## List the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
 
 setup:  ## Make .venv from the pinned versions (PYTHON=... picks the Python); quick when nothing changed
 	@$(call run_python,scripts/setup.py $(if $(PYTHON),--python "$(PYTHON)"))
@@ -47,10 +49,27 @@ format: setup  ## Rewrite the sources in the one format
 dashboards: setup  ## Write Grafana's and Prometheus' files again from dashboards/*.py
 	@$(BIN)/python dashboards/write.py
 
-lock:  ## Resolve requirements/cpu.txt again from pyproject.toml (UPGRADE=1 takes the newest versions)
+references: setup  ## Write the generated pages of docs/ again, from the code that they describe
+	@$(BIN)/python scripts/pages/write.py
+
+docs: references  ## Build the documentation into site/ (adds requirements/docs.txt to .venv first)
+	@$(INSTALL_DOCS)
+	@$(BIN)/mkdocs build --strict --quiet
+
+docs-serve: references  ## Show the documentation while it is written, on http://127.0.0.1:8001
+	@$(INSTALL_DOCS)
+	@$(BIN)/mkdocs serve --dev-addr 127.0.0.1:8001
+
+lock:  ## Resolve requirements/*.txt again from pyproject.toml (UPGRADE=1 takes the newest versions)
 	@$(call run_python,scripts/lock.py $(if $(UPGRADE),--upgrade))
+
+audit:  ## Look for known vulnerabilities in what the locks name (asks the network)
+	@$(call run_python,scripts/audit.py)
+
+release: setup  ## Build the package and try it in an empty environment (TAG=1 tags it and fills dist/)
+	@$(BIN)/python scripts/release.py $(if $(TAG),--tag)
 
 clean:  ## Stop what was started here and remove everything that was made here
 	@if [ -x $(BIN)/swiftkv ]; then $(BIN)/swiftkv down; fi
-	@rm -rf .venv .swiftkv runs build dist .pytest_cache .mypy_cache .ruff_cache
+	@rm -rf .venv .swiftkv runs build dist site .pytest_cache .mypy_cache .ruff_cache
 	@find . -name .git -prune -o \( -name __pycache__ -o -name '*.egg-info' \) -type d -prune -exec rm -rf {} +

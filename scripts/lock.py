@@ -1,7 +1,8 @@
-"""Resolves pyproject.toml's `cpu` and `dev` extras into requirements/cpu.txt, with hashes. Run by `make lock`.
+"""Resolves pyproject.toml's extras into requirements/*.txt, with hashes. Run by `make lock`.
 
-Installs nothing into .venv and downloads no package but uv, into a temporary folder. Versions already in the
-lock are kept while they still fit; `make lock UPGRADE=1` takes the newest.
+cpu.txt is what everything runs on; docs.txt is what builds the documentation beside it, in the same versions where both
+name a package. Installs nothing into .venv and downloads no package but uv, into a temporary folder. Versions already
+in a lock are kept while they still fit; `make lock UPGRADE=1` takes the newest.
 Called by: the Makefile. Calls: pip (to fetch uv and read its index), uv.
 """
 
@@ -17,7 +18,7 @@ from pathlib import Path
 from pip_settings import read_pip_settings
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-LOCK = REPOSITORY / "requirements" / "cpu.txt"
+LOCKS = REPOSITORY / "requirements"
 UV = "uv==0.13.8"
 
 # What a CPU environment must not hold: scripts/setup.py installs torch alone, from a CPU build.
@@ -53,6 +54,11 @@ ASSUMED = [
 HEADER = """\
 # Made by `make lock` from pyproject.toml for Linux x86_64 and CPython 3.11 and 3.12: do not edit.
 # Without torch, which scripts/setup.py installs first, and without what scripts/lock.py leaves out.
+"""
+
+DOCS_HEADER = """\
+# Made by `make lock` from pyproject.toml for Linux x86_64 and CPython 3.11 and 3.12: do not edit.
+# What `make docs` adds to an environment of cpu.txt, in the versions of cpu.txt where it has the package too.
 """
 
 
@@ -97,32 +103,52 @@ def strip_assumed_markers(line: str) -> str:
     return match[1] + (" ; " + " and ".join(kept) if kept else "") + (match[3] or "")
 
 
-def resolve(folder: Path, upgrade: bool) -> list[str]:
-    """The lines of a new lock, from the versions of the old one where they still fit."""
+def find_docs_requirements(pyproject: str) -> list[str]:
+    """What the extra `docs` names."""
+    return [str(requirement) for requirement in tomllib.loads(pyproject)["project"]["optional-dependencies"]["docs"]]
+
+
+def list_pins(lines: list[str]) -> list[str]:
+    """The lock's `name==version` lines, without hashes, as constraints."""
+    return [line.removesuffix(" \\") for line in lines if re.match(r"\S+==", line)]
+
+
+def resolve(folder: Path, upgrade: bool) -> dict[str, list[str]]:
+    """The lines of the new locks by their names, from the versions of the old ones where they still fit."""
     venv.create(folder / "venv", with_pip=True)
     python = folder / "venv" / "bin" / "python"
     subprocess.run([str(python), "-m", "pip", "install", "--quiet", UV], check=True)
-    (folder / "pyproject.toml").write_text(build_uv_project((REPOSITORY / "pyproject.toml").read_text()))
-    output = folder / "cpu.txt"
-    if LOCK.exists():
-        output.write_text(LOCK.read_text())
-    options = "--universal --generate-hashes --no-annotate --no-header --no-emit-package=torch --quiet"
-    command = [str(python), "-m", "uv", "pip", "compile", "pyproject.toml", *options.split()]
-    command += ["--extra=cpu", "--extra=dev", "--extra=evaluate", "--python-version=3.11"]
-    command += ["--output-file=cpu.txt", *(["--upgrade"] if upgrade else [])]
-    subprocess.run(command, check=True, cwd=folder, env=build_environment(read_pip_settings(python)))
-    return output.read_text().splitlines()
+    pyproject = (REPOSITORY / "pyproject.toml").read_text()
+    (folder / "pyproject.toml").write_text(build_uv_project(pyproject))
+    environment = build_environment(read_pip_settings(python))
+
+    def compile_lock(name: str, *arguments: str) -> list[str]:
+        output = folder / name
+        if (LOCKS / name).exists():
+            output.write_text((LOCKS / name).read_text())
+        options = "--universal --generate-hashes --no-annotate --no-header --no-emit-package=torch --quiet"
+        command = [str(python), "-m", "uv", "pip", "compile", *arguments, *options.split(), "--python-version=3.11"]
+        command += [f"--output-file={name}", *(["--upgrade"] if upgrade else [])]
+        subprocess.run(command, check=True, cwd=folder, env=environment)
+        return output.read_text().splitlines()
+
+    cpu = compile_lock("cpu.txt", "pyproject.toml", "--extra=cpu", "--extra=dev", "--extra=evaluate")
+    (folder / "docs.in").write_text("".join(f"{line}\n" for line in find_docs_requirements(pyproject)))
+    (folder / "pins.txt").write_text("".join(f"{line}\n" for line in list_pins(cpu)))
+    return {"cpu.txt": cpu, "docs.txt": compile_lock("docs.txt", "docs.in", "--constraints=pins.txt")}
 
 
 def main() -> int:
-    """Writes the lock. Returns the exit status."""
+    """Writes the locks. Returns the exit status."""
     with tempfile.TemporaryDirectory(prefix="swiftkv-lock-") as folder:
-        lines = [strip_assumed_markers(line) for line in resolve(Path(folder), "--upgrade" in sys.argv[1:])]
-    assert not any("://" in line for line in lines), "the lock would name an index"
-    LOCK.parent.mkdir(exist_ok=True)
-    LOCK.write_text(HEADER + "\n".join(lines) + "\n")
-    count = sum("==" in line for line in lines)
-    print(f"lock: {count} packages in {LOCK.relative_to(REPOSITORY)}")
+        locks = resolve(Path(folder), "--upgrade" in sys.argv[1:])
+    LOCKS.mkdir(exist_ok=True)
+    for name, resolved in locks.items():
+        lines = [strip_assumed_markers(line) for line in resolved]
+        assert not any("://" in line for line in lines), "the lock would name an index"
+        (LOCKS / name).write_text((DOCS_HEADER if name == "docs.txt" else HEADER) + "\n".join(lines) + "\n")
+        count = sum("==" in line for line in lines)
+        print(f"lock: {count} packages in {(LOCKS / name).relative_to(REPOSITORY)}")
     return 0
 
 
