@@ -66,7 +66,7 @@ def _build_overview() -> str:
     intro = (
         "What the modules of the package `swiftkv` say of themselves, room by room. Which room may import which is "
         "fixed by `tests/unit/test_contracts.py`. Import a thing from the module that defines it: packages re-export "
-        "nothing but what their own docstring says. To follow a training batch or a request through these files, read the "
-        "code tour in [CONTRIBUTING.md](../../CONTRIBUTING.md)."
+        "nothing but what their own docstring says. To follow a training batch or a request through these files, read "
+        "the code tour in [CONTRIBUTING.md](../../CONTRIBUTING.md)."
     )
     return f"{MADE.format(source='platform/swiftkv')}\n\n# API\n\n{intro}\n\n" + "\n".join(lines) + "\n"
