@@ -52,7 +52,8 @@ dashboards: setup  ## Write Grafana's and Prometheus' files again from dashboard
 references: setup  ## Write the generated pages of docs/ again, from the code that they describe
 	@$(BIN)/python scripts/pages/write.py
 
-docs: references  ## Build the documentation into site/ (adds requirements/docs.txt to .venv first)
+docs: setup  ## Build the documentation into site/ (adds requirements/docs.txt to .venv first)
+	@$(BIN)/python scripts/pages/write.py --check
 	@$(INSTALL_DOCS)
 	@$(BIN)/mkdocs build --strict --quiet
 
