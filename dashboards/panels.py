@@ -23,6 +23,7 @@ UNITS = {
     "seconds": "s",
     "bytes/s": "Bps",
     "bytes": "bytes",
+    "FLOP/s": "flops",
     "part": "percentunit",
     "per cent": "percent",
     "nats": "short",

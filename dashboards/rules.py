@@ -86,6 +86,11 @@ RECORDINGS = (
         "swiftkv:pool_sequences:waiting",
         f"sum by (application, pool, replica) ({_of_replica('ray_vllm_num_requests_waiting')})",
     ),
+    Recording(
+        "swiftkv:device_flops:rate1m",
+        "avg by (application, pool, work) (sum by (WorkerId, work) (rate(ray_swiftkv_device_flops_total[1m]))"
+        " * on (WorkerId) group_left (application, pool) swiftkv:replica:info)",
+    ),
     *(
         Recording(f"swiftkv:gateway_{target}_late:frac_{window}", _late_frac(target, window))
         for target in ("ttft", "tpot")

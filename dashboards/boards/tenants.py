@@ -45,6 +45,18 @@ TENANTS = Board(
                 width=12,
             ),
             Panel(
+                "Replicas that the unmodified model would take, by tenant",
+                "replicas",
+                "Near those in use: prompts are short against the answers, so that there is little to skip.",
+                (
+                    Query(
+                        'sum by (tenant) (rate(ray_swiftkv_unmodified_replica_seconds_total{tenant=~"$tenant"}[5m]))',
+                        "{{tenant}} (estimated by FLOPs)",
+                    ),
+                ),
+                width=12,
+            ),
+            Panel(
                 "Idle replicas",
                 "replicas",
                 "Near all replicas for long: the pools are larger than what is asked of them.",

@@ -4,22 +4,18 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from boards import BOARDS
+from panels import UNITS, VARIABLES
+from rules import ALERTS, RECORDINGS
+from write import build_files
 
 from swiftkv.metrics import METRICS
 from swiftkv.metrics.foreign import FOREIGN
 
 FOLDER = Path(__file__).parents[2] / "dashboards"
-sys.path.insert(0, str(FOLDER))
-
-from boards import BOARDS  # noqa: E402
-from panels import UNITS, VARIABLES  # noqa: E402
-from rules import ALERTS, RECORDINGS  # noqa: E402
-from write import build_files  # noqa: E402
-
 RAY_S_OWN = {"WorkerId", "NodeAddress", "SessionName", "Version", "Component", "le"}
 PANELS = [(board, panel) for board in BOARDS for panel in board.panels]
 EXPRESSIONS = {

@@ -5,10 +5,19 @@ nothing.
 Called by: the files that the table names. Calls: metrics/table.py, Ray's metrics.
 """
 
+import os
 from functools import cache
 from typing import Any
 
 from swiftkv.metrics.table import METRICS, Metric
+
+METERING_KEY = "SWIFTKV_METERING"
+"""Environment variable of a whole cluster; `off` is for measuring what metering costs."""
+
+
+def is_metering() -> bool:
+    """Whether this process records anything."""
+    return os.environ.get(METERING_KEY) != "off"
 
 
 def record(name: str, value: float, **labels: str) -> None:
@@ -47,7 +56,7 @@ def _build_instrument(metric: Metric) -> Any:
     import ray
     from ray.util import metrics as ray_metrics
 
-    if not ray.is_initialized():
+    if not ray.is_initialized() or not is_metering():
         return None
     common = {"description": metric.help, "tag_keys": metric.labels}
     if metric.kind == "histogram":

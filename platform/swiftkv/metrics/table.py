@@ -28,6 +28,7 @@ LABELS = {
     "pool": Label("prefill, decode, or both.", 3),
     "input": Label("Name of a figure in the policy's log line.", 32),
     "phase": Label("What an engine did: prefill, transfer (nothing but KV on its way), decode, idle.", 4),
+    "work": Label("FLOPs: executed, or what the unmodified model would have executed for the same tokens.", 2),
     "way": Label("Where a prompt was prefilled: remote or local.", 2),
     "doing": Label("What a prefill engine did: computing, waiting (prompts had no KV blocks), exporting.", 3),
     "target": Label("Which was met: ttft, tpot (of streamed answers), or both by a whole answer.", 3),
@@ -166,6 +167,20 @@ _POOLS = (
         "serving/costs.py",
     ),
     Metric(
+        "swiftkv_unmodified_replica_seconds_total",
+        "counter",
+        "What a tenant's seconds but idle ones would have been if they grew with the unmodified model's FLOPs: estimated.",
+        ("tenant",),
+        "serving/costs.py",
+    ),
+    Metric(
+        "swiftkv_device_flops_total",
+        "counter",
+        "FLOPs of each of a replica's devices by the spec; unmodified ones over time are normalised throughput.",
+        ("phase", "work"),
+        "serving/costs.py",
+    ),
+    Metric(
         "swiftkv_prefill_seconds_total",
         "counter",
         "What a prefill engine's time went to. Without work it counts nothing.",
@@ -238,6 +253,13 @@ _GATEWAY = (
 )
 
 _QUEUE = (
+    Metric(
+        "swiftkv_gateway_target_seconds",
+        "gauge",
+        "What an answer must keep to count as good, where the config says.",
+        ("model", "target"),
+        "serving/gateway/admission_server.py",
+    ),
     Metric(
         "swiftkv_gateway_queued_requests",
         "gauge",

@@ -13,7 +13,7 @@ from typing import Any
 from swiftkv.metrics import record
 from swiftkv.serving.gateway.admission import Admission
 from swiftkv.serving.gateway.outcomes import VersionCounts, VersionReport, add_outcomes
-from swiftkv.serving.gateway.settings import GatewaySettings
+from swiftkv.serving.gateway.settings import GatewaySettings, Targets
 from swiftkv.serving.gateway.tickets import Decision, Report, Ticket
 
 TELL_S = 1.0
@@ -29,10 +29,12 @@ class AdmissionServer:
         self._began_s = time.monotonic()
         self._counts: dict[str, VersionCounts] = {}
         self._told_s = 0.0
+        self._targets: dict[str, Targets] = {}
 
     def reconfigure(self, settings: dict[str, Any]) -> None:
         """Serve's hook, called with the first settings and with every later change of them."""
         parsed = GatewaySettings.model_validate(settings)
+        self._targets = {model: of_model.targets for model, of_model in parsed.models.items()}
         if self._admission is None:
             self._admission = Admission(parsed)
         else:
@@ -57,7 +59,8 @@ class AdmissionServer:
         return VersionReport(self._epoch, time.monotonic() - self._began_s, dict(self._counts), in_flight)
 
     def _tell(self) -> None:
-        """Exports what waits and what engines have in hand; often enough, as gateways report every second."""
+        """Exports what waits, what engines have in hand and what is promised; often enough, as gateways report every
+        second."""
         if self._admission is None or time.monotonic() - self._told_s < TELL_S:
             return
         self._told_s = time.monotonic()
@@ -65,6 +68,10 @@ class AdmissionServer:
             record("swiftkv_gateway_queued_requests", found["queued_requests"] or 0, model=model)
             record("swiftkv_gateway_queued_prompt_tokens", found["queued_prompt_tokens"] or 0, model=model)
             record("swiftkv_gateway_in_flight_sequences", found["in_flight_sequences"] or 0, model=model)
+        for model, targets in self._targets.items():
+            for name, seconds in (("ttft", targets.ttft_s), ("tpot", targets.tpot_s)):
+                if seconds is not None:
+                    record("swiftkv_gateway_target_seconds", seconds, model=model, target=name)
 
 
 class HandleAdmission:
