@@ -91,7 +91,7 @@ POOLS = Board(
             Panel(
                 "Tokens of an engine's step",
                 "tokens",
-                "At max_num_batched_tokens in a decode pool: long prompts are prefilled there, and chats wait for them.",
+                "At max_num_batched_tokens in a decode pool: long prompts are prefilled there; chats wait for them.",
                 tuple(
                     Query(
                         f"histogram_quantile({fraction}, sum by (le, application, pool) ("

@@ -36,7 +36,6 @@ from swiftkv.serving.gateway.keys import create_key
 from swiftkv.serving.usage.summing import read_usage, sum_usage
 from swiftkv.spec import SwiftKVSpec
 
-
 pytestmark = [
     pytest.mark.cluster,
     pytest.mark.engine,
@@ -208,7 +207,9 @@ def read_counters(stack):
     }
     engines = {
         pool: sum(
-            prometheus.query(f'sum({name} * on (WorkerId) group_left (pool) swiftkv:replica:info{{pool="{pool}"}})').values()
+            prometheus.query(
+                f'sum({name} * on (WorkerId) group_left (pool) swiftkv:replica:info{{pool="{pool}"}})'
+            ).values()
         )
         for pool, name in (("decode", "ray_vllm_generation_tokens_total"), ("prefill", "ray_vllm_prompt_tokens_total"))
     }
@@ -362,13 +363,17 @@ def test_rates_on_boards_add_up_to_what_was_sent(stack, load):
             "completion": completion,
         },
         ("tenant", "swiftkv-throughput", "Tokens/s by tenant"): {
-            tenant: sum(len(a.request.body["prompt"]) + a.request.body["max_tokens"] for a in list_complete(load, tenant))
+            tenant: sum(
+                len(a.request.body["prompt"]) + a.request.body["max_tokens"] for a in list_complete(load, tenant)
+            )
             for tenant in TENANTS
         },
         ("model", "swiftkv-throughput", "Goodput and all answers"): {"tiny": len(answers)},
         ("model", "swiftkv-throughput", "Goodput and all answers", 1): {"tiny": len(answers)},
         ("status", "swiftkv-throughput", "Requests/s by status"): {"200": len(answers)},
-        ("tenant", "swiftkv-tenants", "Requests/s"): {tenant: len(list_complete(load, tenant)) for tenant in TENANTS[1:]},
+        ("tenant", "swiftkv-tenants", "Requests/s"): {
+            tenant: len(list_complete(load, tenant)) for tenant in TENANTS[1:]
+        },
         ("way", "swiftkv-transfer", "Prompts/s by where they are prefilled"): {
             "remote": len(remote),
             "local": len(prompts) - len(remote),

@@ -169,7 +169,7 @@ _POOLS = (
     Metric(
         "swiftkv_unmodified_replica_seconds_total",
         "counter",
-        "What a tenant's seconds but idle ones would have been if they grew with the unmodified model's FLOPs: estimated.",
+        "What a tenant's seconds would have been if they grew with the unmodified model's FLOPs: estimated.",
         ("tenant",),
         "serving/costs.py",
     ),

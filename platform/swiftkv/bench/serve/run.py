@@ -144,9 +144,7 @@ class ServeBench:
             bare_url = bare.deploy([version, build_gateway(["version"], capacity)])
             url = metered.deploy([version, build_gateway(["version"], capacity, usage_store=usage)])
             sides = [overhead.seeded(overhead.measure_throughput, base_url) for base_url in (bare_url, url)]
-            without, with_all = take_turns(
-                [sides[0], metered.scraped(sides[1])], plan.pairs, self.on_stage, "metering"
-            )
+            without, with_all = take_turns([sides[0], metered.scraped(sides[1])], plan.pairs, self.on_stage, "metering")
             self.figures["metering_tokens_counted"] = [
                 side.wait_for_counter("swiftkv_gateway_tokens_total", kind="completion") for side in (bare, metered)
             ]
