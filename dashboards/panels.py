@@ -15,6 +15,7 @@ VARIABLES = {
 
 UNITS = {
     "tokens/s": "short",
+    "FLOP/s": "flops",
     "requests/s": "reqps",
     "replicas": "short",
     "tokens": "short",

@@ -316,6 +316,60 @@ ALERTS = (
         ),
     ),
     Alert(
+        "SwiftKVDistillationRestarts",
+        "max by (run) (max_over_time(ray_swiftkv_distill_restarts[1h])) - "
+        "min by (run) (min_over_time(ray_swiftkv_distill_restarts[1h])) >= 2",
+        "0m",
+        "ticket",
+        "The workers of run {{ $labels.run }} were started again {{ $value }} times within an hour.",
+        "Distillation: `swiftkv distill --follow` shows what each died of; the run ends after workers.max_failures. If "
+        "memory was near the device's, fewer rows_per_pass; if nodes go, a lower checkpoints.every_steps.",
+        (
+            Example(
+                {
+                    # Each worker that records is another process.
+                    'ray_swiftkv_distill_restarts{run="r", WorkerId="a"}': "0x20",
+                    'ray_swiftkv_distill_restarts{run="r", WorkerId="b"}': "_x24 1x5",
+                    'ray_swiftkv_distill_restarts{run="r", WorkerId="c"}': "_x34 2x30",
+                },
+                "50m",
+                True,
+            ),
+            Example(
+                {
+                    'ray_swiftkv_distill_restarts{run="r", WorkerId="a"}': "5x20",
+                    'ray_swiftkv_distill_restarts{run="r", WorkerId="b"}': "_x24 6x30",
+                },
+                "50m",
+                False,
+            ),
+        ),
+    ),
+    Alert(
+        "SwiftKVVersionDamaged",
+        # A counter that was not there before has grown too: Ray shows none before its first failure.
+        "sum by (operation) (increase(ray_swiftkv_registry_verification_failures_total[1h])) > 0 or "
+        "sum by (operation) (ray_swiftkv_registry_verification_failures_total unless "
+        "ray_swiftkv_registry_verification_failures_total offset 1h) > 0",
+        "0m",
+        "page",
+        "A version's bytes differ from its manifest ({{ $labels.operation }}): replicas that need it do not start.",
+        "The registry: the log of who failed names version and file; `swiftkv models verify NAME@V` tells a damaged "
+        "store from a damaged way to it. Move the alias back; publishing the folder again mends missing and cut parts.",
+        (
+            Example(
+                {'ray_swiftkv_registry_verification_failures_total{operation="fetch", WorkerId="w"}': "_x29 1x60"},
+                "40m",
+                True,
+            ),
+            Example(
+                {'ray_swiftkv_registry_verification_failures_total{operation="fetch", WorkerId="w"}': "1x300"},
+                "4h",
+                False,
+            ),
+        ),
+    ),
+    Alert(
         "SwiftKVGatewaySheds",
         "sum by (model) (rate(ray_swiftkv_gateway_refusals_total"
         '{reason=~"queue_full|too_slow|overloaded|unavailable"}[10m])) > 0.05 * '

@@ -36,6 +36,7 @@ LABELS = {
     "part": Label("Part of the loss.", 3),
     "check": Label("What a new version is judged by.", 6),
     "outcome": Label("What became of a new version: switched, rejected; of a usage record: written, lost.", 2),
+    "operation": Label("What was done with a version: publish, pull, fetch (into a node's cache), stream, verify.", 5),
 }
 """By name. Ray adds its own, constant in a process: WorkerId, NodeAddress, SessionName, Version, Component, pid."""
 
@@ -74,6 +75,8 @@ class Metric:
 _LENGTHS_TOKENS = tuple(float(1 << power) for power in range(4, 18))
 _LATENCIES_S = (0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _PER_TOKEN_S = (0.005, 0.01, 0.02, 0.035, 0.05, 0.1, 0.2, 0.5)
+_CHECKPOINTS_S = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+_OPERATIONS_S = (0.1, 0.5, 1, 5, 15, 60, 300, 1800)
 
 _OF_REQUEST = ("tenant", "model", "version")
 
@@ -85,6 +88,36 @@ _DISTILLATION = (
     Metric("swiftkv_distill_gradient_norm", "gauge", "Before clipping.", ("run",), "distill/records.py"),
     Metric("swiftkv_distill_memory_bytes", "gauge", "In use by one worker.", ("run",), "distill/records.py"),
     Metric("swiftkv_distill_remaining_seconds", "gauge", "Until the last step.", ("run",), "distill/records.py"),
+    Metric(
+        "swiftkv_distill_flops_per_second",
+        "gauge",
+        "FLOP/s of all workers, by the FLOP model and the rows that they took.",
+        ("run",),
+        "distill/records.py",
+    ),
+    Metric(
+        "swiftkv_distill_flop_utilisation_frac",
+        "gauge",
+        "Those over what the workers' GPUs reach at most in bfloat16. Not there on CPUs, on GPUs that "
+        "distill/estimate.py does not name, and for other products than bfloat16: their peak is not known.",
+        ("run",),
+        "distill/records.py",
+    ),
+    Metric(
+        "swiftkv_distill_checkpoint_seconds",
+        "histogram",
+        "What training waited for a checkpoint: while the state was copied, and for the end of its writing.",
+        ("run",),
+        "distill/records.py",
+        _CHECKPOINTS_S,
+    ),
+    Metric(
+        "swiftkv_distill_restarts",
+        "gauge",
+        "Times that Ray Train started the run's workers again, after a failure or as another number of them.",
+        ("run",),
+        "distill/records.py",
+    ),
 )
 
 _POLICY = (
@@ -324,7 +357,33 @@ _VERSIONS = (
     ),
 )
 
+_REGISTRY = (
+    Metric(
+        "swiftkv_registry_bytes_total",
+        "counter",
+        "Bytes of parts that went into a store or came out of it; those that are where they belong do not move.",
+        ("operation",),
+        "registry/metering.py",
+    ),
+    Metric(
+        "swiftkv_registry_seconds",
+        "histogram",
+        "Of an operation that succeeded, verifying included; a stream's, until its last tensor was taken.",
+        ("operation",),
+        "registry/metering.py",
+        _OPERATIONS_S,
+    ),
+    Metric(
+        "swiftkv_registry_verification_failures_total",
+        "counter",
+        "Operations that failed because bytes differ from the manifest, or may not be loaded.",
+        ("operation",),
+        "registry/metering.py",
+    ),
+)
+
 METRICS = {
-    metric.name: metric for metric in (*_DISTILLATION, *_POLICY, *_POOLS, *_GATEWAY, *_QUEUE, *_USAGE, *_VERSIONS)
+    metric.name: metric
+    for metric in (*_DISTILLATION, *_POLICY, *_POOLS, *_GATEWAY, *_QUEUE, *_USAGE, *_VERSIONS, *_REGISTRY)
 }
 """By name."""

@@ -1,10 +1,12 @@
 """The table of metrics: names, labels, and that each row is recorded where it says."""
 
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from swiftkv.metrics import METRICS, record
+from swiftkv.metrics import METRICS, count, record, recording
 from swiftkv.metrics.table import LABELS
 
 PACKAGE = Path(__file__).parents[3] / "platform" / "swiftkv"
@@ -30,6 +32,7 @@ UNITS = (
     "_per_second",
 )
 UNITLESS = {"swiftkv_distill_step", "swiftkv_distill_learning_rate", "swiftkv_distill_gradient_norm"} | {
+    "swiftkv_distill_restarts",
     "swiftkv_policy_reason",
     "swiftkv_policy_input",
 }
@@ -63,3 +66,18 @@ def test_wrong_labels_and_unknown_names_are_our_bugs() -> None:
         record("swiftkv_nothing", 1)
     with pytest.raises(AssertionError, match="has labels"):
         record("swiftkv_distill_step", 1, model="x")
+
+
+def test_recording_begins_when_ray_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a process recorded before that is lost, and not what comes after it."""
+    amounts: list[float] = []
+    ray = SimpleNamespace(is_initialized=lambda: False)
+    counter = SimpleNamespace(inc=lambda amount, tags: amounts.append(amount))
+    monkeypatch.setattr(recording, "_build_instrument", lambda metric: counter)
+    monkeypatch.delitem(sys.modules, "ray", raising=False)
+    count("swiftkv_registry_bytes_total", 1, operation="publish")
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    count("swiftkv_registry_bytes_total", 2, operation="publish")
+    ray.is_initialized = lambda: True
+    count("swiftkv_registry_bytes_total", 4, operation="publish")
+    assert amounts == [4]
