@@ -17,6 +17,8 @@ UNITS = {
     "tokens/s": "short",
     "requests/s": "reqps",
     "replicas": "short",
+    "replica-hours/h": "short",
+    "currency/h": "short",
     "tokens": "short",
     "sequences": "short",
     "prompts/s": "short",

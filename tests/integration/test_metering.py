@@ -15,6 +15,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from dataclasses import replace
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,7 @@ EXPORT_S = 25.0
 """Until what has happened is in Prometheus: Ray's agents export every 10 s and are scraped every 5."""
 NUM_REQUESTS, DURATION_S = 80, 40.0
 TARGETS = {"ttft_s": 5, "tpot_s": 1}
+PRICES = {"currency": "USD", "prompt": 0.1, "cached": 0.01, "completion": 0.4}
 BAD_KEY = "swk_wrong"
 TENANTS = ("one", "two", "three", "four", "five")
 
@@ -136,7 +138,12 @@ def build_config(port, student, folder):
         "policy_function": "swiftkv.serving.autoscaling:PoolPolicy",
         "policy_kwargs": {"pair": pair, "settings": {"targets": TARGETS}},
     }
-    model = {"routes": [{"application": "pair"}], "targets": TARGETS, "capacity": {"max_in_flight_sequences": 16}}
+    model = {
+        "routes": [{"application": "pair"}],
+        "targets": TARGETS,
+        "prices": PRICES,
+        "capacity": {"max_in_flight_sequences": 16},
+    }
     gateway = {
         "models": {"tiny": model},
         "limits": {"ttft_target_s": None},
@@ -226,6 +233,9 @@ def read_counters(stack):
         for tenant in stack.keys
         for kind in ("prompt", "cached", "completion")
     }
+    charges = {
+        tenant: stack.total("ray_swiftkv_gateway_charges_total", tenant=tenant, currency="USD") for tenant in stack.keys
+    }
     answered = {
         tenant: stack.total("ray_swiftkv_gateway_requests_total", tenant=tenant, status="200") for tenant in stack.keys
     }
@@ -236,7 +246,7 @@ def read_counters(stack):
         for pool, name in (("decode", "ray_vllm_generation_tokens_total"), ("prefill", "ray_vllm_prompt_tokens_total"))
     }
     hops = {way: stack.total("ray_swiftkv_hop_prompts_total", way=way) for way in ("remote", "local")}
-    return {"tokens": tokens, "answered": answered, "engines": engines, "hops": hops}
+    return {"tokens": tokens, "charges": charges, "answered": answered, "engines": engines, "hops": hops}
 
 
 def count_grown(load, name, key):
@@ -261,6 +271,8 @@ def test_counters_grow_by_exactly_what_each_tenant_was_answered(load, tenant):
     completion = sum(answer.request.body["max_tokens"] for answer in answers)
     assert count_grown(load, "tokens", (tenant, "prompt")) == prompt
     assert count_grown(load, "tokens", (tenant, "completion")) == completion
+    charged = (prompt * PRICES["prompt"] + completion * PRICES["completion"]) / 1e6
+    assert count_grown(load, "charges", tenant) == pytest.approx(charged, rel=1e-6)
 
 
 def test_only_prompts_that_came_before_count_as_cached(load):
@@ -292,6 +304,11 @@ def test_usage_records_sum_to_the_same(stack, load):
         assert row["requests"] == load[2]["answered"][tenant]
         for kind in ("prompt", "completion"):
             assert row[f"{kind}_tokens"] == load[2]["tokens"][tenant, kind]
+        tokens = {"prompt": row["prompt_tokens"] - row["cached_tokens"], "cached": row["cached_tokens"]}
+        tokens["completion"] = row["completion_tokens"]
+        charge = sum(tokens[kind] * Decimal(str(PRICES[kind])) for kind in tokens) / 1_000_000
+        assert row["charges"] == {"USD": charge}
+        assert load[2]["charges"][tenant] == pytest.approx(float(charge), rel=1e-6)
 
 
 def test_seconds_of_engines_are_their_lives_and_every_tenant_has_some(stack, load):
@@ -364,7 +381,7 @@ def test_every_query_has_an_answer(stack, load, uid, title, number, expr):
 def test_every_metric_of_the_table_and_of_others_is_there_with_its_labels(stack, load):
     absent = {"distill", "rollout"}
     names = stack.list_names()
-    quiet = {"swiftkv_hop_failures_total"}
+    quiet = {"swiftkv_hop_failures_total", "swiftkv_usage_lost_tokens_total"}
     for metric in METRICS.values():
         if metric.name.split("_")[1] in absent or metric.name in quiet:
             continue
