@@ -64,8 +64,7 @@ TENANTS = Board(
                 "Less than what the tenant's replica-hours, beside it, cost: the prices are too low for its requests.",
                 (
                     Query(
-                        "sum by (tenant, currency) (increase("
-                        f"ray_swiftkv_gateway_charges_total{BY_TENANT}[1h]))",
+                        f"sum by (tenant, currency) (increase(ray_swiftkv_gateway_charges_total{BY_TENANT}[1h]))",
                         "{{tenant}} {{currency}}",
                     ),
                 ),
@@ -77,8 +76,7 @@ TENANTS = Board(
                 "A tenant's part above its part of the charges: others pay for it. The tenant - is what nobody used.",
                 (
                     Query(
-                        "sum by (tenant) (increase("
-                        'ray_swiftkv_replica_seconds_total{tenant=~"$tenant"}[1h])) / 3600',
+                        'sum by (tenant) (increase(ray_swiftkv_replica_seconds_total{tenant=~"$tenant"}[1h])) / 3600',
                         "{{tenant}}",
                     ),
                 ),

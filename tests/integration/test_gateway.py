@@ -20,12 +20,6 @@ import pytest
 import yaml
 from logs import read_all
 
-from swiftkv.metrics.reading import find_endpoints, look
-from swiftkv.registry.storage import Storage
-from swiftkv.serving.gateway.admission_server import GONE_LEASES
-from swiftkv.serving.usage.summing import read_usage
-from swiftkv.serving.usage.writer import FLUSH_S
-
 pytestmark = pytest.mark.cluster
 
 RATE = 1000.0
@@ -109,12 +103,17 @@ class Serving:
 
     def read_usage(self):
         """The requests whose usage is recorded, as clients know them. A record that is there twice counts once."""
+        from swiftkv.registry.storage import Storage
+        from swiftkv.serving.usage.summing import read_usage
+
         now = datetime.now(UTC)
         found = read_usage(Storage(self.usage_store), now - timedelta(hours=1), now + timedelta(hours=1))
         return found["request_id"].to_pylist()
 
     def count_lost_tokens(self):
         """As Ray's agents export it."""
+        from swiftkv.metrics.reading import find_endpoints, look
+
         discovery = self.folder / "r" / "prom_metrics_service_discovery.json"
         return sum(look(find_endpoints(discovery)).sum_by("ray_swiftkv_usage_lost_tokens_total").values())
 
@@ -332,6 +331,9 @@ def test_flood_of_twenty_times_the_share_raises_anothers_ttft_by_less_than_a_qua
 
 def test_usage_of_a_killed_gateway_is_recorded_but_for_its_last_seconds_which_are_counted(serving):
     """It is killed just after it has written, so that what it answers from then on is what is lost."""
+    from swiftkv.serving.gateway.admission_server import GONE_LEASES
+    from swiftkv.serving.usage.writer import FLUSH_S
+
     tokens = 2  # of each request: one of prompt, one of completion
 
     async def ask(client, request_id):

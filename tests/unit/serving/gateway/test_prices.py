@@ -112,7 +112,7 @@ def test_a_request_is_charged_once_in_its_record_and_in_the_counter(ask, charged
 
 
 def test_what_used_no_token_is_charged_nothing(ask, charged):
-    assert ask(PRICES, {"max_tokens": -1}, {"model": "absent"}) == [(0, "USD"), (None, None)]
+    assert ask(PRICES, {"temperature": "hot"}, {"model": "absent"}) == [(0, "USD"), (None, None)]
     assert charged == {}
 
 
