@@ -18,6 +18,8 @@ UNITS = {
     "FLOP/s": "flops",
     "requests/s": "reqps",
     "replicas": "short",
+    "replica-hours/h": "short",
+    "currency/h": "short",
     "tokens": "short",
     "sequences": "short",
     "prompts/s": "short",

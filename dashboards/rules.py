@@ -277,6 +277,20 @@ ALERTS = (
         ),
     ),
     Alert(
+        "SwiftKVUsageLost",
+        # A counter is born with its first loss, so that `increase` would not see it.
+        "sum((ray_swiftkv_usage_lost_tokens_total - ray_swiftkv_usage_lost_tokens_total offset 1h) "
+        "or ray_swiftkv_usage_lost_tokens_total) > 0",
+        "0m",
+        "ticket",
+        "Usage of {{ $value }} tokens is in no record: gateways had not written it when they vanished.",
+        "Fleet health tells which gateways died; their logs have a line for each request, with its tenant and tokens.",
+        (
+            Example({"ray_swiftkv_usage_lost_tokens_total": "_x5 120x30"}, "20m", True),
+            Example({"ray_swiftkv_usage_lost_tokens_total": "120x120"}, "90m", False),
+        ),
+    ),
+    Alert(
         "SwiftKVDistillationStalled",
         "changes(ray_swiftkv_distill_step[15m]) == 0 and ray_swiftkv_distill_remaining_seconds > 0",
         "5m",

@@ -70,6 +70,40 @@ TENANTS = Board(
                 ),
                 width=12,
             ),
+            Panel(
+                "Charged per hour, by tenant",
+                "currency/h",
+                "Less than what the tenant's replica-hours, beside it, cost: the prices are too low for its requests.",
+                (
+                    Query(
+                        f"sum by (tenant, currency) (increase(ray_swiftkv_gateway_charges_total{BY_TENANT}[1h]))",
+                        "{{tenant}} {{currency}}",
+                    ),
+                ),
+                width=12,
+            ),
+            Panel(
+                "Replica-hours per hour, by tenant",
+                "replica-hours/h",
+                "A tenant's part above its part of the charges: others pay for it. The tenant - is what nobody used.",
+                (
+                    Query(
+                        'sum by (tenant) (increase(ray_swiftkv_replica_seconds_total{tenant=~"$tenant"}[1h])) / 3600',
+                        "{{tenant}}",
+                    ),
+                ),
+                width=12,
+            ),
+            Panel(
+                "Usage that is in no record",
+                "tokens",
+                "lost rises: gateways died before they wrote it; waiting rises on and on: the store does not answer.",
+                (
+                    Query("sum(ray_swiftkv_usage_unwritten_tokens)", "waiting"),
+                    Query("sum(ray_swiftkv_usage_lost_tokens_total) or vector(0)", "lost"),
+                ),
+                width=12,
+            ),
         ),
         "Service": (
             Panel(

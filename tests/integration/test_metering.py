@@ -11,6 +11,7 @@ import shutil
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ QUIET_S = EXPORT_S + 65.0
 """Until rates over a minute are zero again."""
 NUM_REQUESTS, DURATION_S = 80, 40.0
 TARGETS = {"ttft_s": 5, "tpot_s": 1}
+PRICES = {"currency": "USD", "prompt": 0.1, "cached": 0.01, "completion": 0.4}
 BAD_KEY = "swk_wrong"
 TENANTS = ("one", "two", "three", "four", "five")
 
@@ -134,7 +136,12 @@ def build_config(port, student, folder):
         # Two devices: no replica is added, whose first counts no rate would show.
         "policy_kwargs": {"pair": pair, "settings": {"targets": TARGETS, "device_budget": 2}},
     }
-    model = {"routes": [{"application": "pair"}], "targets": TARGETS, "capacity": {"max_in_flight_sequences": 16}}
+    model = {
+        "routes": [{"application": "pair"}],
+        "targets": TARGETS,
+        "prices": PRICES,
+        "capacity": {"max_in_flight_sequences": 16},
+    }
     gateway = {
         "models": {"tiny": model},
         "limits": {"ttft_target_s": None},
@@ -204,6 +211,10 @@ def read_counters(stack):
         for tenant in stack.keys
         for kind in ("prompt", "cached", "completion")
     }
+    charges = {
+        tenant: prometheus.total("ray_swiftkv_gateway_charges_total", tenant=tenant, currency="USD")
+        for tenant in stack.keys
+    }
     answered = {
         tenant: prometheus.total("ray_swiftkv_gateway_requests_total", tenant=tenant, status="200")
         for tenant in stack.keys
@@ -217,7 +228,7 @@ def read_counters(stack):
         for pool, name in (("decode", "ray_vllm_generation_tokens_total"), ("prefill", "ray_vllm_prompt_tokens_total"))
     }
     hops = {way: prometheus.total("ray_swiftkv_hop_prompts_total", way=way) for way in ("remote", "local")}
-    return {"tokens": tokens, "answered": answered, "engines": engines, "hops": hops}
+    return {"tokens": tokens, "charges": charges, "answered": answered, "engines": engines, "hops": hops}
 
 
 def count_grown(load, name, key):
@@ -241,6 +252,8 @@ def test_counters_grow_by_exactly_what_each_tenant_was_answered(load, tenant):
     completion = sum(answer.request.body["max_tokens"] for answer in answers)
     assert count_grown(load, "tokens", (tenant, "prompt")) == prompt
     assert count_grown(load, "tokens", (tenant, "completion")) == completion
+    charged = (prompt * PRICES["prompt"] + completion * PRICES["completion"]) / 1e6
+    assert count_grown(load, "charges", tenant) == pytest.approx(charged, rel=1e-6)
 
 
 def test_only_prompts_that_came_before_count_as_cached(load):
@@ -271,6 +284,11 @@ def test_usage_records_sum_to_the_same(stack, load):
         assert row["requests"] == load.after["answered"][tenant]
         for kind in ("prompt", "completion"):
             assert row[f"{kind}_tokens"] == load.after["tokens"][tenant, kind]
+        tokens = {"prompt": row["prompt_tokens"] - row["cached_tokens"], "cached": row["cached_tokens"]}
+        tokens["completion"] = row["completion_tokens"]
+        charge = sum(tokens[kind] * Decimal(str(PRICES[kind])) for kind in tokens) / 1_000_000
+        assert row["charges"] == {"USD": charge}
+        assert load.after["charges"][tenant] == pytest.approx(float(charge), rel=1e-6)
 
 
 def test_seconds_of_engines_are_their_lives_with_five_tenants_and_preemption(stack, load):
@@ -432,7 +450,7 @@ def test_every_query_has_an_answer(stack, load, uid, title, number, expr):
 def test_every_metric_of_the_table_and_of_others_is_there_with_its_labels(stack, load):
     absent = {"distill", "rollout", "registry"}
     names = stack.prometheus.list_names()
-    quiet = {"swiftkv_hop_failures_total"}
+    quiet = {"swiftkv_hop_failures_total", "swiftkv_usage_lost_tokens_total"}
     for metric in METRICS.values():
         if metric.name.split("_")[1] in absent or metric.name in quiet:
             continue

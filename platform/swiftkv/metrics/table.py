@@ -22,6 +22,7 @@ LABELS = {
     "model": Label("Model, as clients name it; `-` where there is none of that name.", 4),
     "version": Label("Serve application that answered; `-` where none was asked.", 3),
     "status": Label("HTTP status; 499 is a client that left.", 12),
+    "currency": Label("ISO 4217 code of a model's prices.", 4),
     "kind": Label("Of tokens: prompt, cached (among the prompt's), completion.", 3),
     "reason": Label("Why: a refusal's code, or the policy's reason.", 24),
     "application": Label("Serve application of a pair of pools.", 8),
@@ -252,6 +253,13 @@ _GATEWAY = (
         "serving/gateway/exchange.py",
     ),
     Metric(
+        "swiftkv_gateway_charges_total",
+        "counter",
+        "What tenants are charged by the models' prices, in the currency's main unit; usage records have it exactly.",
+        (*_OF_REQUEST, "currency"),
+        "serving/gateway/exchange.py",
+    ),
+    Metric(
         "swiftkv_gateway_ttft_seconds",
         "histogram",
         "From a streamed request's arrival to its first chunk.",
@@ -327,9 +335,16 @@ _USAGE = (
     Metric(
         "swiftkv_usage_unwritten_tokens",
         "gauge",
-        "Tokens in usage records that the store would not take yet; those of the last five seconds are not in it.",
+        "Tokens of usage records that are not in the store yet.",
         (),
         "serving/usage/writer.py",
+    ),
+    Metric(
+        "swiftkv_usage_lost_tokens_total",
+        "counter",
+        "Tokens of usage records that gateways had not written when they vanished, as they reported last.",
+        (),
+        "serving/gateway/admission_server.py",
     ),
 )
 

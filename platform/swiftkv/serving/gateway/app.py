@@ -5,7 +5,6 @@ Called by: Ray Serve, through the import path `swiftkv.serving.gateway.app:build
 Calls: gateway/routes.py, gateway/admission_server.py.
 """
 
-import asyncio
 import os
 from typing import Any
 
@@ -89,4 +88,4 @@ class GatewayServer:
     async def __del__(self) -> None:
         """Serve's hook before it ends a replica."""
         if (gateway := getattr(self, "_gateway", None)) is not None:
-            await asyncio.to_thread(gateway.close)
+            await gateway.close()

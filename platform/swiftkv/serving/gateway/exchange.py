@@ -13,9 +13,10 @@ import sys
 import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from decimal import Decimal
 
 from swiftkv import metrics
-from swiftkv.serving.gateway.settings import Targets
+from swiftkv.serving.gateway.settings import Prices, Targets
 from swiftkv.serving.usage.records import UsageRecord
 
 NOBODY = "-"
@@ -38,7 +39,7 @@ class Usage:
 
     @property
     def total(self) -> int:
-        """What the tenant is charged."""
+        """What counts against the tenant's quota."""
         return self.prompt + self.completion
 
 
@@ -59,11 +60,14 @@ class Exchange:
     reason: str | None = None
     usage: Usage = field(default_factory=Usage)
     targets: Targets = field(default_factory=Targets)
+    prices: Prices | None = None
     queue_s: float | None = None
     ttft_s: float | None = None
     """Of an answer that is streamed."""
     ended_s: float | None = None
     """Since the request came, when the answer was whole."""
+    charge: Decimal | None = None
+    """In the currency of the prices, once the request has ended. None: its model has no prices."""
     headers: dict[str, str] = field(default_factory=dict)
     """For the answer, whichever it becomes."""
 
@@ -94,7 +98,9 @@ class Exchange:
         return [*met, "both"] if is_good else met
 
     def end(self) -> None:
-        """Writes the line and counts."""
+        """Charges, writes the line and counts."""
+        if self.prices is not None:
+            self.charge = compute_charge(self.usage, self.prices)
         logger.info("%s", self.format_line())
         named = {"tenant": self.tenant, "model": self.model}
         labels = {**named, "version": self.application or NOBODY}
@@ -106,6 +112,9 @@ class Exchange:
         for kind in ("prompt", "cached", "completion"):
             if tokens := getattr(self.usage, kind):
                 metrics.count("swiftkv_gateway_tokens_total", tokens, kind=kind, **labels)
+        if self.charge and self.prices:
+            charged = float(self.charge)
+            metrics.count("swiftkv_gateway_charges_total", charged, currency=self.prices.currency, **labels)
         times = {
             "swiftkv_gateway_ttft_seconds": self.ttft_s,
             "swiftkv_gateway_tpot_seconds": self.tpot_s,
@@ -136,6 +145,8 @@ class Exchange:
             ttft_s=self.ttft_s,
             tpot_s=self.tpot_s,
             total_s=self.elapsed_s(),
+            charge=self.charge,
+            currency=self.prices.currency if self.prices else None,
         )
 
     def format_line(self) -> str:
@@ -157,6 +168,16 @@ class Exchange:
             "total_s": _round(self.elapsed_s()),
         }
         return json.dumps(line)
+
+
+def compute_charge(usage: Usage, prices: Prices) -> Decimal:
+    """What the tokens cost, exactly.
+
+    Units: the prices' currency, up to twelve decimal places: prices have six, and are for a million tokens.
+    """
+    cached = prices.prompt if prices.cached is None else prices.cached
+    per_million = (usage.prompt - usage.cached) * prices.prompt + usage.cached * cached
+    return (per_million + usage.completion * prices.completion).scaleb(-6)
 
 
 def choose_request_id(given: str | None) -> str:

@@ -107,7 +107,8 @@ class Generation:
         values = parse_json(body)
         model = self._gateway.choose_model(values.get("model"), tenant)
         self._exchange.model = values["model"] = model
-        self._exchange.targets = self._gateway.settings.models[model].targets
+        of_model = self._gateway.settings.models[model]
+        self._exchange.targets, self._exchange.prices = of_model.targets, of_model.prices
         if self._kind is TOKENIZE and "messages" in values:
             self._kind = TOKENIZE_CHAT
         request = parse_request(self._kind, values)
@@ -203,7 +204,7 @@ class Generation:
         return refusal
 
     def _count_usage(self, ticket: Ticket) -> int:
-        """Tokens that the tenant is charged: the engine's count, or an estimate where an answer was cut."""
+        """Tokens that count against the tenant's quota: the engine's count, or an estimate where an answer was cut."""
         exchange = self._exchange
         if not exchange.usage.total and self._stream is not None:
             exchange.usage = Usage(prompt=ticket.prompt_tokens, completion=self._stream.num_chunks)
