@@ -1,7 +1,8 @@
-"""What is known of one HTTP request while it runs, and the line and the counters that remain of it.
+"""What is known of one HTTP request while it runs, and the line, the counters and the span that remain of it.
 
 Never holds text of a prompt or an answer.
-Called by: gateway/edge.py, gateway/generation.py. Calls: metrics, gateway/settings.py, serving/usage.
+Called by: gateway/edge.py, gateway/generation.py. Calls: metrics, gateway/settings.py, serving/usage,
+serving/tracing.py.
 """
 
 import json
@@ -13,9 +14,11 @@ import sys
 import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from typing import Any
 
 from swiftkv import metrics
 from swiftkv.serving.gateway.settings import Targets
+from swiftkv.serving.tracing import NOTHING, Span
 from swiftkv.serving.usage.records import UsageRecord
 
 NOBODY = "-"
@@ -66,6 +69,8 @@ class Exchange:
     """Since the request came, when the answer was whole."""
     headers: dict[str, str] = field(default_factory=dict)
     """For the answer, whichever it becomes."""
+    span: Span = NOTHING
+    """All of it, from when it came to its last byte."""
 
     def elapsed_s(self) -> float:
         """Since the request came."""
@@ -94,8 +99,10 @@ class Exchange:
         return [*met, "both"] if is_good else met
 
     def end(self) -> None:
-        """Writes the line and counts."""
-        logger.info("%s", self.format_line())
+        """Writes the line, counts, and ends the span."""
+        facts = self.list_facts()
+        logger.info("%s", json.dumps(facts))
+        self.span.end(facts, is_failed=self.status >= 500 or (self.status < 400 and self.reason is not None))
         named = {"tenant": self.tenant, "model": self.model}
         labels = {**named, "version": self.application or NOBODY}
         metrics.count("swiftkv_gateway_requests_total", 1, status=str(self.status), **labels)
@@ -138,9 +145,9 @@ class Exchange:
             total_s=self.elapsed_s(),
         )
 
-    def format_line(self) -> str:
-        """The request as one line of JSON."""
-        line = {
+    def list_facts(self) -> dict[str, Any]:
+        """What the line and the span say."""
+        return {
             "request_id": self.request_id,
             "route": self.route,
             "tenant": self.tenant,
@@ -156,7 +163,6 @@ class Exchange:
             "tpot_s": _round(self.tpot_s),
             "total_s": _round(self.elapsed_s()),
         }
-        return json.dumps(line)
 
 
 def choose_request_id(given: str | None) -> str:
