@@ -1,7 +1,8 @@
-"""What is known of one HTTP request while it runs, and the line and the counters that remain of it.
+"""What is known of one HTTP request while it runs, and the line, the counters and the span that remain of it.
 
 Never holds text of a prompt or an answer.
-Called by: gateway/edge.py, gateway/generation.py. Calls: metrics, gateway/settings.py, serving/usage.
+Called by: gateway/edge.py, gateway/generation.py. Calls: metrics, gateway/settings.py, serving/usage,
+serving/tracing.py.
 """
 
 import json
@@ -14,9 +15,11 @@ import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from decimal import Decimal
+from typing import Any
 
 from swiftkv import metrics
 from swiftkv.serving.gateway.settings import Prices, Targets
+from swiftkv.serving.tracing import NOTHING, Span
 from swiftkv.serving.usage.records import UsageRecord
 
 NOBODY = "-"
@@ -70,6 +73,8 @@ class Exchange:
     """In the currency of the prices, once the request has ended. None: its model has no prices."""
     headers: dict[str, str] = field(default_factory=dict)
     """For the answer, whichever it becomes."""
+    span: Span = NOTHING
+    """All of it, from when it came to its last byte."""
 
     def elapsed_s(self) -> float:
         """Since the request came."""
@@ -98,10 +103,12 @@ class Exchange:
         return [*met, "both"] if is_good else met
 
     def end(self) -> None:
-        """Charges, writes the line and counts."""
+        """Charges, writes the line, counts, and ends the span."""
         if self.prices is not None:
             self.charge = compute_charge(self.usage, self.prices)
-        logger.info("%s", self.format_line())
+        facts = self.list_facts()
+        logger.info("%s", json.dumps(facts))
+        self.span.end(facts, is_failed=self.status >= 500 or (self.status < 400 and self.reason is not None))
         named = {"tenant": self.tenant, "model": self.model}
         labels = {**named, "version": self.application or NOBODY}
         metrics.count("swiftkv_gateway_requests_total", 1, status=str(self.status), **labels)
@@ -149,9 +156,9 @@ class Exchange:
             currency=self.prices.currency if self.prices else None,
         )
 
-    def format_line(self) -> str:
-        """The request as one line of JSON."""
-        line = {
+    def list_facts(self) -> dict[str, Any]:
+        """What the line and the span say."""
+        return {
             "request_id": self.request_id,
             "route": self.route,
             "tenant": self.tenant,
@@ -167,7 +174,6 @@ class Exchange:
             "tpot_s": _round(self.tpot_s),
             "total_s": _round(self.elapsed_s()),
         }
-        return json.dumps(line)
 
 
 def compute_charge(usage: Usage, prices: Prices) -> Decimal:

@@ -131,7 +131,8 @@ class Generation:
 
     async def _take_place(self, ticket: Ticket) -> None:
         asked_s = self._exchange.elapsed_s()
-        decision = await self._gateway.admission.acquire(ticket)
+        with self._exchange.span.begin("queue"):
+            decision = await self._gateway.admission.acquire(ticket)
         self._exchange.queue_s = self._exchange.elapsed_s() - asked_s
         retry = {name: decision.headers[name] for name in decision.headers if name == "Retry-After"}
         self._exchange.headers = {k: v for k, v in decision.headers.items() if k not in retry}
@@ -158,6 +159,7 @@ class Generation:
 
     async def _call(self, request: Any, deadline: asyncio.Timeout) -> Answer:
         passed_on = {"x-request-id": self._id, TIMEOUT_HEADER: f"{_left_s(deadline):.3f}"}
+        passed_on |= self._exchange.span.list_headers()
         model = self._gateway.settings.models[self._exchange.model]
         return await self._gateway.upstream.call(
             model, self._exchange.request_id, self._kind.method, request, passed_on, self._note_attempt
