@@ -15,7 +15,6 @@ VARIABLES = {
 
 UNITS = {
     "tokens/s": "short",
-    "FLOP/s": "flops",
     "requests/s": "reqps",
     "replicas": "short",
     "replica-hours/h": "short",

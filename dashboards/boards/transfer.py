@@ -35,7 +35,7 @@ TRANSFER = Board(
             Panel(
                 "Bytes/s",
                 "bytes/s",
-                "At the network's rate: transfers wait for each other. Ray tells a sum by the middles of buckets: up to half off.",
+                "At the network's rate: transfers wait for each other. By the middles of buckets: up to half off.",
                 (Query("sum(rate(ray_vllm_nixl_bytes_transferred_sum[1m]))", "KV"),),
             ),
             Panel(
@@ -54,7 +54,7 @@ TRANSFER = Board(
             Panel(
                 "Bytes of a transfer",
                 "bytes",
-                "Twice the spec's bytes per token times the prompt, or more: prompts are short against a block. By buckets.",
+                "Twice the spec's bytes per token times the prompt: prompts are short against a block. By buckets.",
                 (
                     Query(
                         "sum(rate(ray_vllm_nixl_bytes_transferred_sum[5m])) / "
