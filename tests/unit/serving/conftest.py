@@ -14,9 +14,9 @@ class Trace:
     """Spans that have ended, in this process."""
 
     client = CLIENT
-    headers = {"traceparent": f"00-{CLIENT.trace_id}-{CLIENT.span_id}-01"}
 
     def __init__(self, provider, exporter):
+        self.headers = {"traceparent": f"00-{CLIENT.trace_id}-{CLIENT.span_id}-01"}
         self.provider, self._exporter = provider, exporter
 
     @property
@@ -29,9 +29,6 @@ class Trace:
     def read_text(self):
         """All that is sent of them."""
         return "".join(span.to_json() for span in self._exporter.get_finished_spans())
-
-    def clear(self):
-        self._exporter.clear()
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 from opentelemetry.trace import format_span_id
 from ray.llm._internal.serve.core.protocol import RawRequestInfo
 from ray.llm._internal.serve.engines.vllm.kv_transfer.base import DefaultConnectorBackend
-from ray.serve.llm.deployment import LLMServer
+from ray.serve.llm.deployment import LLMServer, PDPrefillServer
 from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest
 
 from swiftkv.serving.config import HopSettings
@@ -370,7 +370,7 @@ def test_the_prefill_replica_s_part_is_the_engine_s_parent(monkeypatch, trace):
         infos.append(raw_request_info)
         return answer_with_kv()
 
-    monkeypatch.setattr(LLMServer, "_run_request", run_request)
+    monkeypatch.setattr(PDPrefillServer, "_run_request", run_request)
     server = PrefillServer.__new__(PrefillServer)
     server._lengths, server._workload = TokenLengths(), PrefillWorkload(30)
 
