@@ -35,7 +35,7 @@ TRANSFER = Board(
             Panel(
                 "Bytes/s",
                 "bytes/s",
-                "At the network's rate: transfers wait for each other.",
+                "At the network's rate: transfers wait for each other. By the middles of buckets: up to half off.",
                 (Query("sum(rate(ray_vllm_nixl_bytes_transferred_sum[1m]))", "KV"),),
             ),
             Panel(
@@ -54,7 +54,7 @@ TRANSFER = Board(
             Panel(
                 "Bytes of a transfer",
                 "bytes",
-                "Far from the spec's bytes per token times the prompt: blocks are padded, or prompts are short.",
+                "Twice the spec's bytes per token times the prompt: prompts are short against a block. By buckets.",
                 (
                     Query(
                         "sum(rate(ray_vllm_nixl_bytes_transferred_sum[5m])) / "
