@@ -11,6 +11,7 @@ from swiftkv.metrics.table import LABELS, METRICS, Metric
 
 _ROOMS = {
     "distill": "Distillation",
+    "registry": "The registry",
     "serving/autoscaling": "The policy that sizes the pools",
     "serving/gateway": "The gateway",
     "serving/usage": "Usage records",

@@ -7,6 +7,7 @@ import json
 import re
 import types
 from collections.abc import Iterator
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -19,6 +20,7 @@ _WORDS: dict[Any, str] = {
     bool: "true or false",
     int: "whole number",
     float: "number",
+    Decimal: "decimal number",
     str: "text",
     Path: "path",
     Any: "anything",
@@ -88,6 +90,8 @@ def describe_limits(field: FieldInfo) -> str:
         ]
         if getattr(rule, "min_length", None):
             found.append("not empty")
+        if getattr(rule, "decimal_places", None):
+            found.append(f"{rule.decimal_places} decimal places at most")
         if getattr(rule, "pattern", None):
             found.append(f"like {code(str(rule.pattern))}")
     return ", ".join(found)

@@ -23,6 +23,7 @@ from swiftkv.distill.recipe import Recipe
 from swiftkv.evaluate.gates import Gate
 from swiftkv.serving.checks import check_applications, check_endpoint
 from swiftkv.serving.config import PoolSettings
+from swiftkv.serving.gateway.settings import GatewaySettings
 from swiftkv.serving.gateway.tenants import TenantsFile
 from swiftkv.serving.policy.settings import PolicySettings
 from swiftkv.serving.policy_check import POLICY
@@ -169,6 +170,7 @@ CHECKS: dict[str, Callable[[Any], object]] = {
     "Recipe": lambda values: parse_settings(values, Recipe, "the sample"),
     "Recipe, part": check_part_of_recipe,
     "Serve config": check_serve_config,
+    "Gateway args": lambda values: parse_settings(values, GatewaySettings, "the sample"),
     "Pool args": lambda values: parse_settings(values, PoolSettings, "the sample"),
     "Application's policy": check_policy_s_settings,
     "Rollout args": lambda values: parse_settings(values, RolloutSettings, "the sample"),
