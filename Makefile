@@ -4,7 +4,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart serve test soak check format dashboards references docs docs-serve lock audit release clean
+.PHONY: help setup quickstart serve test soak check format dashboards manifests references docs docs-serve lock audit release clean
 
 BIN := .venv/bin
 INSTALL_DOCS := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --require-hashes \
@@ -48,6 +48,9 @@ format: setup  ## Rewrite the sources in the one format
 
 dashboards: setup  ## Write Grafana's and Prometheus' files again from dashboards/*.py
 	@$(BIN)/python dashboards/write.py
+
+manifests: setup  ## Write the Kubernetes manifests that repeat other files again
+	@$(BIN)/python deployments/kubernetes/write.py
 
 references: setup  ## Write the generated pages of docs/ again, from the code that they describe
 	@$(BIN)/python scripts/pages/write.py

@@ -254,7 +254,10 @@ ALERTS = (
     ),
     Alert(
         "SwiftKVVersionRejected",
-        'sum by (model, reason) (increase(ray_swiftkv_rollout_decisions_total{outcome="rejected"}[1h])) > 0',
+        # A counter that was not there before has grown too: Ray shows none before its first decision.
+        'sum by (model, reason) (increase(ray_swiftkv_rollout_decisions_total{outcome="rejected"}[1h])) > 0 or '
+        'sum by (model, reason) (ray_swiftkv_rollout_decisions_total{outcome="rejected"} unless '
+        "ray_swiftkv_rollout_decisions_total offset 1h) > 0",
         "0m",
         "ticket",
         "A new version of {{ $labels.model }} was rejected: {{ $labels.reason }}.",
@@ -263,6 +266,13 @@ ALERTS = (
             Example(
                 {
                     'ray_swiftkv_rollout_decisions_total{model="m", outcome="rejected", reason="ttft"}': "0 0 0 1x30",
+                },
+                "20m",
+                True,
+            ),
+            Example(
+                {
+                    'ray_swiftkv_rollout_decisions_total{model="m", outcome="rejected", reason="ttft"}': "_x3 1x30",
                 },
                 "20m",
                 True,

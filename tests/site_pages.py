@@ -31,8 +31,9 @@ class Block:
 
 
 def list_pages() -> list[Path]:
-    """Every page of the site, the README and CONTRIBUTING.md."""
-    return [*sorted(DOCS.rglob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+    """Every page of the site, and those that lie elsewhere: the README and the like."""
+    others = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "deployments").rglob("*.md"))]
+    return [*sorted(DOCS.rglob("*.md")), *others]
 
 
 def list_written_pages() -> list[Path]:

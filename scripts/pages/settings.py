@@ -82,7 +82,7 @@ def describe_limits(field: FieldInfo) -> str:
     """The bounds that a value must keep, such as `≥ 1`; empty if there are none."""
     signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
     found = []
-    for rule in field.metadata:
+    for rule in _list_rules(field):
         found += [
             f"{sign} {_show(getattr(rule, name))}"
             for name, sign in signs.items()
@@ -164,6 +164,15 @@ def _describe_holder(annotation: Any) -> str:
     if list in origins or tuple in origins:
         return "[]"
     return ".NAME" if dict in origins else ""
+
+
+def _list_rules(field: FieldInfo) -> Iterator[Any]:
+    """Of the key, and of what it is where that may also be `null`."""
+    yield from field.metadata
+    if get_origin(field.annotation) in (Union, types.UnionType):
+        for argument in get_args(field.annotation):
+            for note in getattr(argument, "__metadata__", ()):
+                yield from note.metadata if isinstance(note, FieldInfo) else [note]
 
 
 def _join_choices(words: list[str]) -> str:

@@ -186,6 +186,13 @@ _POOLS = (
     ),
     Metric("swiftkv_hop_failures_total", "counter", "Prompts the prefill pool failed at.", (), "serving/decode.py"),
     Metric(
+        "swiftkv_kv_transfer_bytes_total",
+        "counter",
+        "Bytes of KV that an engine has fetched from others, whole blocks.",
+        (),
+        "serving/engine_log.py",
+    ),
+    Metric(
         "swiftkv_arrived_prompt_tokens",
         "histogram",
         "Prompt tokens of requests when they reach a decode replica, estimated where they are text.",
