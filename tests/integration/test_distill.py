@@ -272,6 +272,7 @@ def wait_for_metrics(cluster: Cluster, run: str, num_restarts: int) -> Look:
         time.sleep(0.5)
 
 
+@pytest.mark.soak
 def test_an_elastic_run_takes_the_workers_that_there_are(
     cluster: Cluster, undisturbed: Path, home: Path, long_inputs: list[str]
 ) -> None:
