@@ -89,6 +89,34 @@ def run_prometheus(folder, config):
             server.wait()
 
 
+@contextmanager
+def watch(cluster, folder):
+    """One with the shipped configuration before this cluster; None where Prometheus is not installed."""
+    if not shutil.which("prometheus"):
+        yield None
+        return
+    config = yaml.safe_load((SHIPPED / "prometheus.yml").read_text())
+    discovery = cluster.folder / "r" / "prom_metrics_service_discovery.json"
+    config["scrape_configs"][0]["file_sd_configs"] = [{"files": [str(discovery)], "refresh_interval": "5s"}]
+    with run_prometheus(folder, config) as prometheus:
+        yield prometheus
+
+
+def list_queries(board, titles):
+    """Those of a board's panels with these titles."""
+    panels = [panel for panel in board.panels if panel.title in titles]
+    assert len(panels) == len(titles)
+    return [query.expr for panel in panels for query in panel.queries]
+
+
+def wait_for_answers(prometheus, queries, timeout_s=90):
+    """Until each has one, all at one moment."""
+    deadline = time.monotonic() + timeout_s
+    while empty := [expr for expr in queries if not prometheus.query(fill_in(expr, 300))]:
+        assert time.monotonic() < deadline, f"no series: {empty}"
+        time.sleep(1)
+
+
 def _is_ready(port):
     try:
         urllib.request.urlopen(f"http://127.0.0.1:{port}/-/ready", timeout=2).close()

@@ -144,6 +144,8 @@ POOLS = Board(
     },
     {
         "wanted replicas change": f"changes(ray_swiftkv_policy_wanted_replicas{{{OF_APPLICATION}}}[1m]) > 0",
-        "a version is switched to or rejected": "increase(ray_swiftkv_rollout_decisions_total[1m]) > 0",
+        # A counter that was not there before has grown too: Ray shows none before its first decision.
+        "a version is switched to or rejected": "increase(ray_swiftkv_rollout_decisions_total[1m]) > 0 or "
+        "ray_swiftkv_rollout_decisions_total unless ray_swiftkv_rollout_decisions_total offset 1m",
     },
 )

@@ -14,7 +14,9 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from boards import DISTILLATION
 from fakes import write_teacher
+from prometheus_server import list_queries, wait_for_answers, watch
 from ranks import run
 
 from swiftkv.cluster import Cluster, find_processes, start_cluster, stop_cluster
@@ -224,11 +226,17 @@ def test_a_run_exports_all_of_its_metrics_and_that_a_worker_was_killed(
     folder = home / "metered"
     words = [sys.executable, "-m", "swiftkv.cli", "distill", RECIPE, "--output", str(folder), *long_inputs]
     words += ["--set", "training.steps=100000"]
-    with subprocess.Popen(words, cwd=CHECKOUT, env=os.environ | {"SWIFTKV_HOME": str(home)}) as running:
+    with (
+        watch(cluster, home / "prometheus") as prometheus,
+        subprocess.Popen(words, cwd=CHECKOUT, env=os.environ | {"SWIFTKV_HOME": str(home)}) as running,
+    ):
         try:
             wait_for_steps(folder, 30)
             find_workers(cluster)[1].kill()
             seen = wait_for_metrics(cluster, "metered", num_restarts=1)
+            if prometheus:
+                drawn = {panel.title for panel in DISTILLATION.panels} - {"Part of the GPUs' peak"}
+                wait_for_answers(prometheus, list_queries(DISTILLATION, drawn))
         finally:
             stopped = swiftkv(home, "distill", "--stop", folder)
         assert stopped.returncode == 0 and running.wait(60) == 0
@@ -264,6 +272,7 @@ def wait_for_metrics(cluster: Cluster, run: str, num_restarts: int) -> Look:
         time.sleep(0.5)
 
 
+@pytest.mark.soak
 def test_an_elastic_run_takes_the_workers_that_there_are(
     cluster: Cluster, undisturbed: Path, home: Path, long_inputs: list[str]
 ) -> None:

@@ -19,7 +19,7 @@ import pytest
 import yaml
 from boards import BOARDS
 from fakes import TinyShape, random_prompt_ids, write_student
-from prometheus_server import SHIPPED, run_prometheus
+from prometheus_server import SHIPPED, run_prometheus, watch
 from render import draw_board, fill_in
 from rich.console import Console
 from rules import RECORDINGS
@@ -55,12 +55,12 @@ TENANTS = ("one", "two", "three", "four", "five")
 
 QUIET = {
     # What nothing in this stack does, so that Prometheus has no such series yet.
-    "swiftkv-distillation": "no run",
-    "New version's share": "no rollout",
+    "swiftkv-distillation": "no run; test_distill.py has one",
+    "New version's share": "no rollout; test_rollout.py has some",
     "a version is switched to or rejected": "no rollout",
     "Failures/s": "nothing fails",
     "Sequences thrown out/s": "nothing is thrown out",
-    "Bytes/s to and from stores": "the model is a folder",
+    "Bytes/s to and from stores": "the model is a folder; test_registry.py has a store",
     "Seconds of an operation": "the model is a folder",
     "Failed verifications so far": "the model is a folder",
 }
@@ -112,10 +112,7 @@ def stack(tmp_path_factory):
         try:
             (http,) = choose_ports(1)
             base_url = deploy_config(cluster, build_config(http, student, folder))
-            config = yaml.safe_load((SHIPPED / "prometheus.yml").read_text())
-            discovery = cluster.folder / "r" / "prom_metrics_service_discovery.json"
-            config["scrape_configs"][0]["file_sd_configs"] = [{"files": [str(discovery)], "refresh_interval": "5s"}]
-            with run_prometheus(folder / "prometheus", config) as prometheus:
+            with watch(cluster, folder / "prometheus") as prometheus:
                 yield Stack(cluster, base_url, keys, prometheus, folder)
         finally:
             stop_cluster(cluster)

@@ -6,7 +6,9 @@ import time
 from pathlib import Path
 
 import pytest
+from boards import FLEET
 from fakes import write_student
+from prometheus_server import list_queries, wait_for_answers, watch
 
 from swiftkv.cluster import start_cluster, stop_cluster
 from swiftkv.metrics.reading import find_endpoints, look
@@ -15,6 +17,8 @@ pytestmark = pytest.mark.cluster
 
 LAST = "ray_swiftkv_registry_verification_failures_total"
 """Of what the driver below has recorded."""
+
+PANELS = {"Bytes/s to and from stores", "Seconds of an operation", "Failed verifications so far"}
 
 DRIVER = '''
 import sys
@@ -62,18 +66,23 @@ def test_what_an_actor_moves_and_finds_damaged_is_exported(tmp_path: Path, monke
     cluster = start_cluster(num_cpus=1)
     try:
         discovery = cluster.folder / "r" / "prom_metrics_service_discovery.json"
-        with subprocess.Popen(
-            [*words, str(tmp_path / "pulled")],
-            env=cluster.environment() | {"SWIFTKV_HOME": str(tmp_path / "home")},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        ) as driver:
+        with (
+            watch(cluster, tmp_path / "prometheus") as prometheus,
+            subprocess.Popen(
+                [*words, str(tmp_path / "pulled")],
+                env=cluster.environment() | {"SWIFTKV_HOME": str(tmp_path / "home")},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            ) as driver,
+        ):
             assert driver.stdout is not None and driver.stdout.readline() == "refused\n"
             deadline = time.monotonic() + 60
             while not (seen := look(find_endpoints(discovery))).samples.get(LAST):
                 assert time.monotonic() < deadline
                 time.sleep(0.5)
+            if prometheus:
+                wait_for_answers(prometheus, list_queries(FLEET, PANELS))
             driver.communicate()
     finally:
         stop_cluster(cluster)

@@ -2,7 +2,7 @@
 
 Every second since the ledger began is in exactly one account, so that all accounts together are the engine's life. Pure
 bookkeeping of times that are given; knows no vLLM.
-Called by: engine/scheduler.py. Calls: engine/work.py.
+Called by: engine/scheduler.py. Calls: engine/step_work.py.
 """
 
 from collections import defaultdict, deque
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from swiftkv.engine.work import Work
+from swiftkv.engine.step_work import Work
 
 Phase = Literal["prefill", "transfer", "decode", "idle"]
 """transfer: nothing could be computed, because KV was on its way."""

@@ -1,7 +1,7 @@
 """vLLM's scheduler, with a ledger of whose the engine's seconds are; decides nothing else than vLLM's own.
 
 The engine's process writes the ledger to a file every second; whoever started the engine reads it.
-Called by: vLLM, as named in serving/pools.py. Calls: engine/ledger.py, engine/work.py.
+Called by: vLLM, as named in serving/pools.py. Calls: engine/ledger.py, engine/step_work.py.
 """
 
 import json
@@ -19,7 +19,7 @@ from vllm.v1.request import Request
 from swiftkv.engine.ledger import NOBODY, Accounts, Ledger, Phase, Share
 from swiftkv.engine.scheduler_names import FILE_KEY, TENANT_KEY
 from swiftkv.engine.settings import ROLE_KEY, SKIPPING_KEY
-from swiftkv.engine.work import StepWork
+from swiftkv.engine.step_work import StepWork
 from swiftkv.errors import SwiftKVError
 from swiftkv.spec import SwiftKVSpec
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from swiftkv.engine.ledger import NOBODY, Ledger, Share
 from swiftkv.engine.scheduler import build_shares
 from swiftkv.engine.scheduler_names import TENANT_KEY
-from swiftkv.engine.work import StepWork
+from swiftkv.engine.step_work import StepWork
 from swiftkv.spec import ModelShape, SwiftKVSpec
 
 SHAPE = ModelShape.from_hf_config(
