@@ -1,8 +1,12 @@
-"""Resolves pyproject.toml's `cpu` and `dev` extras into requirements/cpu.txt, with hashes. Run by `make lock`.
+"""Resolves pyproject.toml's extras into requirements/*.txt, with hashes. Run by `make lock`.
+
+    cpu.txt            everything: what `make setup` installs, in parts that images take
+    cuda.txt           the images for GPUs: the CUDA builds of PyTorch and vLLM
+    image-tools.txt    what builds and describes images, and is not in them
 
 Installs nothing into .venv and downloads no package but uv, into a temporary folder. Versions already in the
-lock are kept while they still fit; `make lock UPGRADE=1` takes the newest.
-Called by: the Makefile. Calls: pip (to fetch uv and read its index), uv.
+locks are kept while they still fit; `make lock UPGRADE=1` takes the newest.
+Called by: the Makefile. Calls: pip (to fetch uv and read its index), uv, lock_parts.py.
 """
 
 import os
@@ -12,16 +16,19 @@ import sys
 import tempfile
 import tomllib
 import venv
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
+from lock_parts import join_parts, list_names
 from pip_settings import read_pip_settings
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-LOCK = REPOSITORY / "requirements" / "cpu.txt"
+FOLDER = REPOSITORY / "requirements"
 UV = "uv==0.13.8"
 
 # What a CPU environment must not hold: scripts/setup.py installs torch alone, from a CPU build.
-LEFT_OUT = [
+LEFT_OUT_ON_CPU = [
     # Ordinary builds are CUDA builds and break `import torchvision`, and with it transformers, on a CPU torch.
     "torchvision",
     "torchaudio",
@@ -41,6 +48,8 @@ LEFT_OUT = [
     "nvidia-nccl-cu13",
     "nvidia-nvshmem-cu13",
 ]
+# This torch is built for CUDA 13, and nixl would take the backend for CUDA 12 if it were there.
+LEFT_OUT_ON_CUDA = ["nixl-cu12"]
 
 # Every line would carry these conditions; setup.py checks them once instead.
 ASSUMED = [
@@ -52,8 +61,24 @@ ASSUMED = [
 
 HEADER = """\
 # Made by `make lock` from pyproject.toml for Linux x86_64 and CPython 3.11 and 3.12: do not edit.
-# Without torch, which scripts/setup.py installs first, and without what scripts/lock.py leaves out.
 """
+WITHOUT_TORCH = "# Without torch, which scripts/setup.py installs first, and without what scripts/lock.py leaves out.\n"
+
+
+class Lock(NamedTuple):
+    """One file of requirements/."""
+
+    name: str
+    parts: dict[str, list[str]]
+    """Of the file, in its order: the extras that the part and those before it are the answer to."""
+    left_out: list[str]
+    has_torch: bool
+
+
+LOCKS = (
+    Lock("cpu", {"train": [], "serve": ["cpu"], "develop": ["cpu", "dev", "evaluate"]}, LEFT_OUT_ON_CPU, False),
+    Lock("cuda", {"train": [], "serve": ["gpu"]}, LEFT_OUT_ON_CUDA, True),
+)
 
 
 def build_environment(pip_settings: dict[str, str]) -> dict[str, str]:
@@ -70,13 +95,13 @@ def build_environment(pip_settings: dict[str, str]) -> dict[str, str]:
     return environment
 
 
-def build_uv_project(pyproject: str) -> str:
+def build_uv_project(pyproject: str, left_out: Sequence[str]) -> str:
     """The project's own pyproject.toml with uv's choices added."""
     torch = find_torch_pin(pyproject)
     settings = {
         "environments": [" and ".join(ASSUMED)],
         "override-dependencies": [torch],
-        "exclude-dependencies": LEFT_OUT,
+        "exclude-dependencies": list(left_out),
     }
     # A list of plain strings is written the same way in Python and in TOML.
     return pyproject + "\n[tool.uv]\n" + "".join(f"{key} = {value}\n" for key, value in settings.items())
@@ -97,32 +122,79 @@ def strip_assumed_markers(line: str) -> str:
     return match[1] + (" ; " + " and ".join(kept) if kept else "") + (match[3] or "")
 
 
-def resolve(folder: Path, upgrade: bool) -> list[str]:
-    """The lines of a new lock, from the versions of the old one where they still fit."""
-    venv.create(folder / "venv", with_pip=True)
-    python = folder / "venv" / "bin" / "python"
-    subprocess.run([str(python), "-m", "pip", "install", "--quiet", UV], check=True)
-    (folder / "pyproject.toml").write_text(build_uv_project((REPOSITORY / "pyproject.toml").read_text()))
-    output = folder / "cpu.txt"
-    if LOCK.exists():
-        output.write_text(LOCK.read_text())
-    options = "--universal --generate-hashes --no-annotate --no-header --no-emit-package=torch --quiet"
-    command = [str(python), "-m", "uv", "pip", "compile", "pyproject.toml", *options.split()]
-    command += ["--extra=cpu", "--extra=dev", "--extra=evaluate", "--python-version=3.11"]
-    command += ["--output-file=cpu.txt", *(["--upgrade"] if upgrade else [])]
-    subprocess.run(command, check=True, cwd=folder, env=build_environment(read_pip_settings(python)))
-    return output.read_text().splitlines()
+class Resolver:
+    """uv, in a folder of its own."""
+
+    def __init__(self, folder: Path, upgrade: bool) -> None:
+        venv.create(folder / "venv", with_pip=True)
+        self._python = folder / "venv" / "bin" / "python"
+        subprocess.run([str(self._python), "-m", "pip", "install", "--quiet", UV], check=True)
+        self._folder, self._upgrade = folder, upgrade
+        self._environment = build_environment(read_pip_settings(self._python))
+
+    def resolve_lock(self, lock: Lock) -> str:
+        """The text of a new lock, with the versions of the old one where they still fit."""
+        project = build_uv_project((REPOSITORY / "pyproject.toml").read_text(), lock.left_out)
+        (self._folder / "pyproject.toml").write_text(project)
+        *parts, last_part = lock.parts
+        options = [] if lock.has_torch else ["--no-emit-package=torch"]
+        lines = self._compile("pyproject.toml", lock.name, lock.parts[last_part], options)
+        names = {part: list_names(self._list(lock.name, lock.parts[part], lines)) for part in parts}
+        header = HEADER if lock.has_torch else HEADER + WITHOUT_TORCH
+        return header + "\n" + join_parts(map(strip_assumed_markers, lines), last_part, names)
+
+    def resolve_tools(self, name: str) -> str:
+        """The text of the lock of the extra `image`, without what the package itself needs."""
+        pyproject = (REPOSITORY / "pyproject.toml").read_text()
+        tools = tomllib.loads(pyproject)["project"]["optional-dependencies"]["image"]
+        (self._folder / "pyproject.toml").write_text(build_uv_project(pyproject, []))
+        (self._folder / "tools.in").write_text("\n".join(tools) + "\n")
+        return HEADER + "\n" + "\n".join(map(strip_assumed_markers, self._compile("tools.in", name, [], []))) + "\n"
+
+    def _list(self, name: str, extras: Sequence[str], chosen: Sequence[str]) -> list[str]:
+        """The requirements of these extras alone, at the versions in the lines `chosen`."""
+        listed = self._compile("pyproject.toml", f"{name}-part", extras, [], chosen)
+        versions = {line.split(" ")[0] for line in chosen if "==" in line}
+        odd = [line for line in listed if "==" in line and line.split(" ")[0] not in versions and "torch==" not in line]
+        assert not odd, f"other versions than in the whole lock: {odd[:5]}"
+        return listed
+
+    def _compile(
+        self,
+        source: str,
+        name: str,
+        extras: Sequence[str],
+        options: Sequence[str],
+        preferred: Sequence[str] | None = None,
+    ) -> list[str]:
+        """The requirements of `source` with these extras, as lines, at the `preferred` lines' versions if they fit.
+
+        `preferred` None: the lines of the lock there is, unless the newest versions are asked for.
+        """
+        output = self._folder / f"{name}.txt"
+        if preferred is not None:
+            output.write_text("\n".join(preferred) + "\n")
+        elif (FOLDER / output.name).exists():
+            output.write_text((FOLDER / output.name).read_text())
+        command = [str(self._python), "-m", "uv", "pip", "compile", source, "--universal", "--generate-hashes"]
+        command += ["--no-annotate", "--no-header", "--quiet", "--python-version=3.11", *options]
+        command += [*(f"--extra={extra}" for extra in extras), f"--output-file={output.name}"]
+        if self._upgrade and preferred is None:
+            command.append("--upgrade")
+        subprocess.run(command, check=True, cwd=self._folder, env=self._environment)
+        return output.read_text().splitlines()
 
 
 def main() -> int:
-    """Writes the lock. Returns the exit status."""
+    """Writes the locks. Returns the exit status."""
     with tempfile.TemporaryDirectory(prefix="swiftkv-lock-") as folder:
-        lines = [strip_assumed_markers(line) for line in resolve(Path(folder), "--upgrade" in sys.argv[1:])]
-    assert not any("://" in line for line in lines), "the lock would name an index"
-    LOCK.parent.mkdir(exist_ok=True)
-    LOCK.write_text(HEADER + "\n".join(lines) + "\n")
-    count = sum("==" in line for line in lines)
-    print(f"lock: {count} packages in {LOCK.relative_to(REPOSITORY)}")
+        resolver = Resolver(Path(folder), "--upgrade" in sys.argv[1:])
+        texts = {lock.name: resolver.resolve_lock(lock) for lock in LOCKS}
+        texts["image-tools"] = resolver.resolve_tools("image-tools")
+    for name, text in texts.items():
+        assert "://" not in text, "the lock would name an index"
+        (FOLDER / f"{name}.txt").write_text(text)
+        print(f"lock: {len(list_names(text.splitlines()))} packages in requirements/{name}.txt")
     return 0
 
 

@@ -11,10 +11,12 @@ import typer
 from swiftkv.cli.bench import bench_app
 from swiftkv.cli.cluster import down
 from swiftkv.cli.delta import delta_app, export_snowflake
+from swiftkv.cli.deploy import deploy
 from swiftkv.cli.distill import distill
 from swiftkv.cli.evaluate import evaluate
 from swiftkv.cli.key import key
 from swiftkv.cli.models import models_app
+from swiftkv.cli.node import node_app
 from swiftkv.cli.profiling import profile
 from swiftkv.cli.publish import promote, publish, rollback
 from swiftkv.cli.serve import serve
@@ -29,10 +31,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for command in (profile, distill, evaluate, publish, promote, rollback, serve, top, usage, key, down, export_snowflake):
+for command in (profile, distill, evaluate, publish, promote, rollback, export_snowflake):
+    app.command()(command)
+for command in (serve, deploy, top, usage, key, down):
     app.command()(command)
 app.add_typer(delta_app, name="delta")
 app.add_typer(models_app, name="models")
+app.add_typer(node_app, name="node")
 app.add_typer(bench_app, name="bench")
 
 
