@@ -247,7 +247,8 @@ def check_identities(settings: dict[str, str], folder: Path, found: dict[str, st
     fault = check_place(name, path)
     if fault:
         return [fault]
-    if settings.get("SWIFTKV_S3_ENDPOINT") != OWN_STORE or not {"S3_ACCESS_KEY_FILE", "S3_SECRET_KEY_FILE"} <= set(found):
+    has_keys = {"S3_ACCESS_KEY_FILE", "S3_SECRET_KEY_FILE"} <= set(found)
+    if settings.get("SWIFTKV_S3_ENDPOINT") != OWN_STORE or not has_keys:
         return []
     pair = {"accessKey": found["S3_ACCESS_KEY_FILE"], "secretKey": found["S3_SECRET_KEY_FILE"]}
     try:

@@ -98,7 +98,7 @@ def write_tenants(folder: Path) -> None:
     key = "swk_" + secrets.token_urlsafe(32)  # as `swiftkv key` makes them (serving/gateway/keys.py)
     digest = hashlib.sha256(key.encode()).hexdigest()
     path.write_text(
-        "# Who may call the endpoint; read again when it changes. `swiftkv key` makes keys, and tells what they may have:\n"
+        "# Who may call the endpoint; read again when it changes. `swiftkv key` makes keys. What a tenant may have:\n"
         "# models, requests_per_minute, tokens_per_minute, priority and weight (serving/gateway/tenants.py).\n"
         f"tenants:\n  - name: first\n    key_sha256: [{digest}]\n",
         encoding="utf-8",

@@ -3,7 +3,7 @@
     install.py packages train|serve     a virtual environment with the lock's parts that the image needs, by hash
     install.py wheel                    this package, built here, and sbom.cdx.json; then pip goes
 
-Environment: DEVICE (cpu or cuda), SOURCE_DATE_EPOCH (for the wheel). pip is configured by /etc/pip.conf, if it is given.
+Environment: DEVICE (cpu or cuda), SOURCE_DATE_EPOCH (for the wheel). pip reads /etc/pip.conf, where one is given.
 Called by: docker/*.Dockerfile. Calls: scripts/setup.py, scripts/lock_parts.py, pip, hatchling, cyclonedx-py.
 """
 
@@ -80,8 +80,9 @@ def install_locked(python: Path, lock: Path) -> None:
 
 def describe(python: Path) -> None:
     """Writes the software bill of materials, CycloneDX, from the distributions that `python` has."""
-    options = ["--output-reproducible", "--spec-version", "1.6", "--output-format", "JSON", "--output-file", str(SBOM)]
-    run(TOOLS / "bin" / "cyclonedx-py", "environment", *options, "--pyproject", "pyproject.toml", str(python), cwd=SOURCE)
+    options = "--output-reproducible --spec-version 1.6 --output-format JSON --pyproject pyproject.toml".split()
+    options += ["--output-file", str(SBOM)]
+    run(TOOLS / "bin" / "cyclonedx-py", "environment", *options, str(python), cwd=SOURCE)
 
 
 def pip(python: Path, *arguments: str) -> None:

@@ -19,7 +19,9 @@ from swiftkv.serving.checks import check_applications, check_endpoint
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "docker"
-TEXT = "\n".join(line for line in (FOLDER / "compose.yaml").read_text().splitlines() if not line.strip().startswith("#"))
+TEXT = "\n".join(
+    line for line in (FOLDER / "compose.yaml").read_text().splitlines() if not line.strip().startswith("#")
+)
 VARIABLE = re.compile(r"\$\{(\w+)(?:(:[?-])([^}]*))?\}")
 FOR_BUILDING_OR_COMPOSE_ITSELF = {"SWIFTKV_BASE_IMAGE", "COMPOSE_PROFILES"}
 ONE_SHOT = {"seed", "tools"}
@@ -165,7 +167,8 @@ def test_of_ray_only_endpoint_and_dashboard_are_published() -> None:
 @pytest.mark.parametrize("service", SERVICES)
 def test_container_has_no_power_over_the_machine(service: str) -> None:
     settings = SERVICES[service]
-    assert not settings.keys() & {"privileged", "network_mode", "pid", "ipc", "cap_add", "devices", "user", "extra_hosts"}
+    powers = {"privileged", "network_mode", "pid", "ipc", "cap_add", "devices", "user", "extra_hosts"}
+    assert not settings.keys() & powers
     assert settings["security_opt"] == ["no-new-privileges:true"]
     assert not any("docker.sock" in volume for volume in settings.get("volumes", []))
 
@@ -287,7 +290,7 @@ def up(filled: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.T
     def run(image_is_there: bool = True, health: str = "healthy") -> tuple[int, str, str]:
         asked = programs / "asked"
         docker.write_text(
-            f"#!/bin/sh\necho \"$*\" >>{asked}\n"
+            f'#!/bin/sh\necho "$*" >>{asked}\n'
             f'case "$1 $2" in "image inspect") exit {0 if image_is_there else 1} ;;\n'
             f'"inspect --format") echo {health} ;; esac\n'
         )

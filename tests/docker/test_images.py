@@ -182,11 +182,14 @@ def test_nothing_is_installed_for_a_device_without_a_lock(install: ModuleType, m
     assert "there is no requirements/tpu.txt, and nothing is installed unpinned" in capsys.readouterr().err
 
 
-def test_wrong_arguments_of_a_build_are_refused() -> None:
-    script = FOLDER / "image" / "install_system.sh"
-    for variables, said in (({"DEVICE": "tpu", "COMPILER": "no"}, "cpu or cuda"), ({"DEVICE": "cpu", "COMPILER": "1"}, "yes or no")):  # fmt: skip
-        finished = subprocess.run(["sh", script, "run"], env=variables, capture_output=True, text=True)
-        assert finished.returncode == 1 and said in finished.stderr
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [({"DEVICE": "tpu", "COMPILER": "no"}, "cpu or cuda"), ({"DEVICE": "cpu", "COMPILER": "1"}, "yes or no")],
+)
+def test_wrong_arguments_of_a_build_are_refused(variables: dict[str, str], said: str) -> None:
+    command = ["sh", FOLDER / "image" / "install_system.sh", "run"]
+    finished = subprocess.run(command, env=variables, capture_output=True, text=True)
+    assert finished.returncode == 1 and said in finished.stderr
 
 
 @pytest.mark.parametrize(

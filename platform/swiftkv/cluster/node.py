@@ -100,7 +100,9 @@ def check_token(environment: Mapping[str, str]) -> None:
     except (OSError, UnicodeDecodeError) as error:
         raise ClusterError(f"the token in {path} (RAY_AUTH_TOKEN_PATH) cannot be read: {error}. {how}") from error
     if len(token) < MIN_TOKEN_CHARACTERS:
-        raise ClusterError(f"the token in {path} has {len(token)} characters, of {MIN_TOKEN_CHARACTERS} at least. {how}")
+        raise ClusterError(
+            f"the token in {path} has {len(token)} characters, of {MIN_TOKEN_CHARACTERS} at least. {how}"
+        )
 
 
 def _build(
