@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from lock_parts import join_parts, list_names
+from lock_parts import join_parts, leave_out, list_names
 from pip_settings import read_pip_settings
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -75,10 +75,8 @@ class Lock(NamedTuple):
     has_torch: bool
 
 
-LOCKS = (
-    Lock("cpu", {"train": [], "serve": ["cpu"], "develop": ["cpu", "dev", "evaluate"]}, LEFT_OUT_ON_CPU, False),
-    Lock("cuda", {"train": [], "serve": ["gpu"]}, LEFT_OUT_ON_CUDA, True),
-)
+CPU = Lock("cpu", {"train": [], "serve": ["cpu"], "develop": ["cpu", "dev", "evaluate"]}, LEFT_OUT_ON_CPU, False)
+CUDA = Lock("cuda", {"train": [], "serve": ["gpu"]}, LEFT_OUT_ON_CUDA, True)
 
 
 def build_environment(pip_settings: dict[str, str]) -> dict[str, str]:
@@ -132,13 +130,15 @@ class Resolver:
         self._folder, self._upgrade = folder, upgrade
         self._environment = build_environment(read_pip_settings(self._python))
 
-    def resolve_lock(self, lock: Lock) -> str:
-        """The text of a new lock, with the versions of the old one where they still fit."""
+    def resolve_lock(self, lock: Lock, relative: str = "") -> str:
+        """The text of a new lock, with the versions of `relative`, another lock, and of the old one where they fit."""
         project = build_uv_project((REPOSITORY / "pyproject.toml").read_text(), lock.left_out)
         (self._folder / "pyproject.toml").write_text(project)
         *parts, last_part = lock.parts
         options = [] if lock.has_torch else ["--no-emit-package=torch"]
-        lines = self._compile("pyproject.toml", lock.name, lock.parts[last_part], options)
+        old = [] if self._upgrade else self._read_old(lock.name)
+        preferred = relative.splitlines() + leave_out(old, list_names(relative.splitlines()))
+        lines = self._compile("pyproject.toml", lock.name, lock.parts[last_part], options, preferred)
         names = {part: list_names(self._list(lock.name, lock.parts[part], lines)) for part in parts}
         header = HEADER if lock.has_torch else HEADER + WITHOUT_TORCH
         return header + "\n" + join_parts(map(strip_assumed_markers, lines), last_part, names)
@@ -149,7 +149,8 @@ class Resolver:
         tools = tomllib.loads(pyproject)["project"]["optional-dependencies"]["image"]
         (self._folder / "pyproject.toml").write_text(build_uv_project(pyproject, []))
         (self._folder / "tools.in").write_text("\n".join(tools) + "\n")
-        return HEADER + "\n" + "\n".join(map(strip_assumed_markers, self._compile("tools.in", name, [], []))) + "\n"
+        lines = self._compile("tools.in", name, [], [], [] if self._upgrade else self._read_old(name))
+        return HEADER + "\n" + "\n".join(map(strip_assumed_markers, lines)) + "\n"
 
     def _list(self, name: str, extras: Sequence[str], chosen: Sequence[str]) -> list[str]:
         """The requirements of these extras alone, at the versions in the lines `chosen`."""
@@ -160,36 +161,28 @@ class Resolver:
         return listed
 
     def _compile(
-        self,
-        source: str,
-        name: str,
-        extras: Sequence[str],
-        options: Sequence[str],
-        preferred: Sequence[str] | None = None,
+        self, source: str, name: str, extras: Sequence[str], options: Sequence[str], preferred: Sequence[str]
     ) -> list[str]:
-        """The requirements of `source` with these extras, as lines, at the `preferred` lines' versions if they fit.
-
-        `preferred` None: the lines of the lock there is, unless the newest versions are asked for.
-        """
+        """The requirements of `source` with these extras, as lines, at the `preferred` lines' versions if they fit."""
         output = self._folder / f"{name}.txt"
-        if preferred is not None:
-            output.write_text("\n".join(preferred) + "\n")
-        elif (FOLDER / output.name).exists():
-            output.write_text((FOLDER / output.name).read_text())
+        output.write_text("\n".join(preferred) + "\n")  # uv keeps what it finds in the file that it writes
         command = [str(self._python), "-m", "uv", "pip", "compile", source, "--universal", "--generate-hashes"]
         command += ["--no-annotate", "--no-header", "--quiet", "--python-version=3.11", *options]
         command += [*(f"--extra={extra}" for extra in extras), f"--output-file={output.name}"]
-        if self._upgrade and preferred is None:
-            command.append("--upgrade")
         subprocess.run(command, check=True, cwd=self._folder, env=self._environment)
         return output.read_text().splitlines()
+
+    def _read_old(self, name: str) -> list[str]:
+        path = FOLDER / f"{name}.txt"
+        return path.read_text().splitlines() if path.exists() else []
 
 
 def main() -> int:
     """Writes the locks. Returns the exit status."""
     with tempfile.TemporaryDirectory(prefix="swiftkv-lock-") as folder:
         resolver = Resolver(Path(folder), "--upgrade" in sys.argv[1:])
-        texts = {lock.name: resolver.resolve_lock(lock) for lock in LOCKS}
+        texts = {CPU.name: resolver.resolve_lock(CPU)}
+        texts[CUDA.name] = resolver.resolve_lock(CUDA, relative=texts[CPU.name])  # both kinds of image have the same
         texts["image-tools"] = resolver.resolve_tools("image-tools")
     for name, text in texts.items():
         assert "://" not in text, "the lock would name an index"

@@ -38,6 +38,17 @@ def select_parts(lock: str, parts: Iterable[str]) -> str:
     return "".join(texts[part] for part in parts)
 
 
+def leave_out(lines: Iterable[str], names: set[str]) -> list[str]:
+    """The lines without these requirements and their hashes."""
+    kept, keeps = [], True
+    for line in lines:
+        if match := _NAME.match(line):
+            keeps = match[1] not in names
+        if keeps:
+            kept.append(line)
+    return kept
+
+
 def list_names(lines: Iterable[str]) -> set[str]:
     """Of all requirements."""
     return {match[1] for match in map(_NAME.match, lines) if match}

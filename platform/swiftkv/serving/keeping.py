@@ -35,9 +35,10 @@ def keep_deployed(cluster: RemoteCluster, read: ReadConfig, report: Progress, wa
             _wait_until_lost(cluster, [entry["name"] for entry in config["applications"]], wait)
             report("the cluster has lost what was deployed: deploying again")
         except (SwiftKVError, OSError, RuntimeError) as error:  # Ray's clients raise the latter two where it is away
-            if str(error) != last:
-                report(f"error: {error}\ntrying again every {RETRY_S:.0f} s")
-            last = str(error)
+            reason = str(error) or type(error).__name__
+            if reason != last:
+                report(f"error: {reason}\ntrying again every {RETRY_S:.0f} s")
+            last = reason
             wait(RETRY_S)
 
 
