@@ -20,7 +20,8 @@ esac
 export DEBIAN_FRONTEND=noninteractive
 apt-get update -qq
 # shellcheck disable=SC2086  # a list
-apt-get install -y -qq --no-install-recommends $packages >/dev/null
+apt-get install -y -qq --no-install-recommends $packages >/tmp/apt.log 2>&1 || { cat /tmp/apt.log >&2; exit 1; }
+rm /tmp/apt.log
 rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/cache/debconf/*-old /var/cache/ldconfig/aux-cache \
     /var/lib/dpkg/*-old /var/log/* /root/.cache
 # Debian compiles its own modules when it installs them, with their times inside.
