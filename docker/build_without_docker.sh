@@ -49,11 +49,14 @@ make_base() {
     debootstrap --variant=minbase --components="$components" "$codename" "$root" "$mirror" >"$root.log" 2>&1 ||
         { tail -n 20 "$root.log" >&2; exit 1; }
     rm -rf "$root"/var/lib/apt/lists/* "$root"/var/cache/apt/* "$root"/var/log/* "$root.log"
+    # As an archive, which keeps owners; of a folder everything would become root's.
+    tar --create --file "$root.tar" --directory "$root" --numeric-owner --sort=name --mtime="@0" \
+        --exclude='./dev/*' --exclude='./proc/*' --exclude='./sys/*' .
     container="$(buildah from scratch)"
-    buildah add --quiet "$container" "$root" / >/dev/null
+    buildah add --quiet "$container" "$root.tar" / >/dev/null
     buildah config --cmd /bin/sh "$container"
     buildah commit --quiet --rm --signature-policy "$folder/policy.json" "$container" "$base" >/dev/null
-    rm -rf --one-file-system "$root"
+    rm -rf --one-file-system "$root" "$root.tar"
 }
 
 # The build's pip looks where this machine's pip looks. An ordinary machine has nothing to pass on.
