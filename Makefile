@@ -4,7 +4,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart serve test soak check format dashboards lock images env up down logs clean
+.PHONY: help setup quickstart serve test soak check format dashboards manifests lock images env up down logs clean
 
 BIN := .venv/bin
 
@@ -46,6 +46,9 @@ format: setup  ## Rewrite the sources in the one format
 
 dashboards: setup  ## Write Grafana's and Prometheus' files again from dashboards/*.py
 	@$(BIN)/python dashboards/write.py
+
+manifests: setup  ## Write the Kubernetes manifests that repeat other files again
+	@$(BIN)/python deployments/kubernetes/write.py
 
 lock:  ## Resolve requirements/*.txt again from pyproject.toml (UPGRADE=1 takes the newest versions)
 	@$(call run_python,scripts/lock.py $(if $(UPGRADE),--upgrade))

@@ -86,6 +86,11 @@ RECORDINGS = (
         "swiftkv:pool_sequences:waiting",
         f"sum by (application, pool, replica) ({_of_replica('ray_vllm_num_requests_waiting')})",
     ),
+    Recording(
+        "swiftkv:device_flops:rate1m",
+        "avg by (application, pool, work) (sum by (WorkerId, work) (rate(ray_swiftkv_device_flops_total[1m]))"
+        " * on (WorkerId) group_left (application, pool) swiftkv:replica:info)",
+    ),
     *(
         Recording(f"swiftkv:gateway_{target}_late:frac_{window}", _late_frac(target, window))
         for target in ("ttft", "tpot")
@@ -249,7 +254,10 @@ ALERTS = (
     ),
     Alert(
         "SwiftKVVersionRejected",
-        'sum by (model, reason) (increase(ray_swiftkv_rollout_decisions_total{outcome="rejected"}[1h])) > 0',
+        # A counter that was not there before has grown too: Ray shows none before its first decision.
+        'sum by (model, reason) (increase(ray_swiftkv_rollout_decisions_total{outcome="rejected"}[1h])) > 0 or '
+        'sum by (model, reason) (ray_swiftkv_rollout_decisions_total{outcome="rejected"} unless '
+        "ray_swiftkv_rollout_decisions_total offset 1h) > 0",
         "0m",
         "ticket",
         "A new version of {{ $labels.model }} was rejected: {{ $labels.reason }}.",
@@ -264,11 +272,32 @@ ALERTS = (
             ),
             Example(
                 {
+                    'ray_swiftkv_rollout_decisions_total{model="m", outcome="rejected", reason="ttft"}': "_x3 1x30",
+                },
+                "20m",
+                True,
+            ),
+            Example(
+                {
                     'ray_swiftkv_rollout_decisions_total{model="m", outcome="switched", reason="ok"}': "0 0 0 1x30",
                 },
                 "20m",
                 False,
             ),
+        ),
+    ),
+    Alert(
+        "SwiftKVUsageLost",
+        # A counter is born with its first loss, so that `increase` would not see it.
+        "sum((ray_swiftkv_usage_lost_tokens_total - ray_swiftkv_usage_lost_tokens_total offset 1h) "
+        "or ray_swiftkv_usage_lost_tokens_total) > 0",
+        "0m",
+        "ticket",
+        "Usage of {{ $value }} tokens is in no record: gateways had not written it when they vanished.",
+        "Fleet health tells which gateways died; their logs have a line for each request, with its tenant and tokens.",
+        (
+            Example({"ray_swiftkv_usage_lost_tokens_total": "_x5 120x30"}, "20m", True),
+            Example({"ray_swiftkv_usage_lost_tokens_total": "120x120"}, "90m", False),
         ),
     ),
     Alert(
@@ -308,6 +337,60 @@ ALERTS = (
         (
             Example({'ray_swiftkv_distill_loss_nats{run="r", part="loss"}': "0.1x20 0.5x30"}, "40m", True),
             Example({'ray_swiftkv_distill_loss_nats{run="r", part="loss"}': "0.5x20 0.1x30"}, "40m", False),
+        ),
+    ),
+    Alert(
+        "SwiftKVDistillationRestarts",
+        "max by (run) (max_over_time(ray_swiftkv_distill_restarts[1h])) - "
+        "min by (run) (min_over_time(ray_swiftkv_distill_restarts[1h])) >= 2",
+        "0m",
+        "ticket",
+        "The workers of run {{ $labels.run }} were started again {{ $value }} times within an hour.",
+        "Distillation: `swiftkv distill --follow` shows what each died of; the run ends after workers.max_failures. If "
+        "memory was near the device's, fewer rows_per_pass; if nodes go, a lower checkpoints.every_steps.",
+        (
+            Example(
+                {
+                    # Each worker that records is another process.
+                    'ray_swiftkv_distill_restarts{run="r", WorkerId="a"}': "0x20",
+                    'ray_swiftkv_distill_restarts{run="r", WorkerId="b"}': "_x24 1x5",
+                    'ray_swiftkv_distill_restarts{run="r", WorkerId="c"}': "_x34 2x30",
+                },
+                "50m",
+                True,
+            ),
+            Example(
+                {
+                    'ray_swiftkv_distill_restarts{run="r", WorkerId="a"}': "5x20",
+                    'ray_swiftkv_distill_restarts{run="r", WorkerId="b"}': "_x24 6x30",
+                },
+                "50m",
+                False,
+            ),
+        ),
+    ),
+    Alert(
+        "SwiftKVVersionDamaged",
+        # A counter that was not there before has grown too: Ray shows none before its first failure.
+        "sum by (operation) (increase(ray_swiftkv_registry_verification_failures_total[1h])) > 0 or "
+        "sum by (operation) (ray_swiftkv_registry_verification_failures_total unless "
+        "ray_swiftkv_registry_verification_failures_total offset 1h) > 0",
+        "0m",
+        "page",
+        "A version's bytes differ from its manifest ({{ $labels.operation }}): replicas that need it do not start.",
+        "The registry: the log of who failed names version and file; `swiftkv models verify NAME@V` tells a damaged "
+        "store from a damaged way to it. Move the alias back; publishing the folder again mends missing and cut parts.",
+        (
+            Example(
+                {'ray_swiftkv_registry_verification_failures_total{operation="fetch", WorkerId="w"}': "_x29 1x60"},
+                "40m",
+                True,
+            ),
+            Example(
+                {'ray_swiftkv_registry_verification_failures_total{operation="fetch", WorkerId="w"}': "1x300"},
+                "4h",
+                False,
+            ),
         ),
     ),
     Alert(

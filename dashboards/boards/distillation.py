@@ -59,5 +59,41 @@ DISTILLATION = Board(
                 width=6,
             ),
         ),
+        "Devices and faults": (
+            Panel(
+                "FLOP/s of all workers",
+                "FLOP/s",
+                "Falling with tokens/s: devices wait; without: fewer positions carry a loss.",
+                (Query(f"ray_swiftkv_distill_flops_per_second{_BY_RUN}", "{{run}}"),),
+                width=6,
+            ),
+            Panel(
+                "Part of the GPUs' peak",
+                "part",
+                "Far below the 0.4 that --dry-run assumes: small passes, or workers wait. Empty without a known peak.",
+                (Query(f"ray_swiftkv_distill_flop_utilisation_frac{_BY_RUN}", "{{run}}"),),
+                width=6,
+            ),
+            Panel(
+                "Wait for a checkpoint",
+                "seconds",
+                "Longer than a step: the nodes' disks are too slow for checkpoints.every_steps.",
+                (
+                    Query(
+                        f"sum by (run) (rate(ray_swiftkv_distill_checkpoint_seconds_sum{_BY_RUN}[30m])) / "
+                        f"sum by (run) (rate(ray_swiftkv_distill_checkpoint_seconds_count{_BY_RUN}[30m]))",
+                        "{{run}}",
+                    ),
+                ),
+                width=6,
+            ),
+            Panel(
+                "Workers started again",
+                "number",
+                "Rising: workers die, and each time the steps since the last checkpoint are lost.",
+                (Query(f"max by (run) (ray_swiftkv_distill_restarts{_BY_RUN})", "{{run}}"),),
+                width=6,
+            ),
+        ),
     },
 )

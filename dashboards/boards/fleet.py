@@ -69,5 +69,35 @@ FLEET = Board(
                 (Query("sum(rate(ray_vllm_num_preemptions_total[5m]))", "preempted"),),
             ),
         ),
+        "Registry": (
+            Panel(
+                "Bytes/s to and from stores",
+                "bytes/s",
+                "Low while a version is loaded: the store or the network is slow, and replicas start late.",
+                (
+                    Query(
+                        "sum by (operation) (rate(ray_swiftkv_registry_bytes_total[$__rate_interval]))", "{{operation}}"
+                    ),
+                ),
+            ),
+            Panel(
+                "Seconds of an operation",
+                "seconds",
+                "Growing at equal versions: the store or the nodes' disks are slow, and a new replica waits for them.",
+                (
+                    Query(
+                        "sum by (operation) (rate(ray_swiftkv_registry_seconds_sum[30m])) / "
+                        "sum by (operation) (rate(ray_swiftkv_registry_seconds_count[30m]))",
+                        "{{operation}}",
+                    ),
+                ),
+            ),
+            Panel(
+                "Failed verifications so far",
+                "number",
+                "Above zero: a store or a disk gives other bytes than were published; the version is not loaded.",
+                (Query("sum by (operation) (ray_swiftkv_registry_verification_failures_total)", "{{operation}}"),),
+            ),
+        ),
     },
 )

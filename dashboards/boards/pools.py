@@ -87,6 +87,37 @@ POOLS = Board(
                 ),
             ),
         ),
+        "Steps": (
+            Panel(
+                "Tokens of an engine's step",
+                "tokens",
+                "At max_num_batched_tokens in a decode pool: long prompts are prefilled there; chats wait for them.",
+                tuple(
+                    Query(
+                        f"histogram_quantile({fraction}, sum by (le, application, pool) ("
+                        "rate(ray_vllm_iteration_tokens_total_bucket[5m]) * on (WorkerId) "
+                        f"group_left (application, pool) swiftkv:replica:info{BY_POOL}))",
+                        f"p{100 * fraction:g} {{{{application}}}} {{{{pool}}}}",
+                    )
+                    for fraction in (0.5, 0.95)
+                ),
+                width=12,
+            ),
+            Panel(
+                "Steps/s of a replica",
+                "number",
+                "Falling while sequences run: steps are long, and every running answer waits for them.",
+                (
+                    Query(
+                        "sum by (application, pool, replica) (rate(ray_vllm_iteration_tokens_total_count[1m]) "
+                        "* on (WorkerId) group_left (application, pool, replica) "
+                        f"swiftkv:replica:info{BY_POOL})",
+                        "{{replica}}",
+                    ),
+                ),
+                width=12,
+            ),
+        ),
         "Room and promises": (
             Panel(
                 "KV in use",
@@ -113,6 +144,8 @@ POOLS = Board(
     },
     {
         "wanted replicas change": f"changes(ray_swiftkv_policy_wanted_replicas{{{OF_APPLICATION}}}[1m]) > 0",
-        "a version is switched to or rejected": "increase(ray_swiftkv_rollout_decisions_total[1m]) > 0",
+        # A counter that was not there before has grown too: Ray shows none before its first decision.
+        "a version is switched to or rejected": "increase(ray_swiftkv_rollout_decisions_total[1m]) > 0 or "
+        "ray_swiftkv_rollout_decisions_total unless ray_swiftkv_rollout_decisions_total offset 1m",
     },
 )

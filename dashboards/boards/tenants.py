@@ -45,6 +45,18 @@ TENANTS = Board(
                 width=12,
             ),
             Panel(
+                "Replicas that the unmodified model would take, by tenant",
+                "replicas",
+                "Near those in use: prompts are short against the answers, so that there is little to skip.",
+                (
+                    Query(
+                        'sum by (tenant) (rate(ray_swiftkv_unmodified_replica_seconds_total{tenant=~"$tenant"}[5m]))',
+                        "{{tenant}} (estimated by FLOPs)",
+                    ),
+                ),
+                width=12,
+            ),
+            Panel(
                 "Idle replicas",
                 "replicas",
                 "Near all replicas for long: the pools are larger than what is asked of them.",
@@ -55,6 +67,40 @@ TENANTS = Board(
                         "group_left (application, pool) swiftkv:replica:info)",
                         "{{application}} {{pool}}",
                     ),
+                ),
+                width=12,
+            ),
+            Panel(
+                "Charged per hour, by tenant",
+                "currency/h",
+                "Less than what the tenant's replica-hours, beside it, cost: the prices are too low for its requests.",
+                (
+                    Query(
+                        f"sum by (tenant, currency) (increase(ray_swiftkv_gateway_charges_total{BY_TENANT}[1h]))",
+                        "{{tenant}} {{currency}}",
+                    ),
+                ),
+                width=12,
+            ),
+            Panel(
+                "Replica-hours per hour, by tenant",
+                "replica-hours/h",
+                "A tenant's part above its part of the charges: others pay for it. The tenant - is what nobody used.",
+                (
+                    Query(
+                        'sum by (tenant) (increase(ray_swiftkv_replica_seconds_total{tenant=~"$tenant"}[1h])) / 3600',
+                        "{{tenant}}",
+                    ),
+                ),
+                width=12,
+            ),
+            Panel(
+                "Usage that is in no record",
+                "tokens",
+                "lost rises: gateways died before they wrote it; waiting rises on and on: the store does not answer.",
+                (
+                    Query("sum(ray_swiftkv_usage_unwritten_tokens)", "waiting"),
+                    Query("sum(ray_swiftkv_usage_lost_tokens_total) or vector(0)", "lost"),
                 ),
                 width=12,
             ),

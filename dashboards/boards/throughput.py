@@ -2,7 +2,7 @@
 
 from panels import Board, Panel, Query
 
-from boards.common import BY_POOL, BY_TENANT, heat_map, quantiles
+from boards.common import BY_MODEL, BY_POOL, BY_TENANT, OF_APPLICATION, heat_map, quantiles
 
 THROUGHPUT = Board(
     "swiftkv-throughput",
@@ -39,6 +39,56 @@ THROUGHPUT = Board(
                 "One tenant near the whole while others wait: its weight or quota is too large.",
                 (Query(f"sum by (tenant, kind) (swiftkv:gateway_tokens:rate1m{BY_TENANT})", "{{tenant}} {{kind}}"),),
             ),
+            Panel(
+                "Tokens/s by model and version",
+                "tokens/s",
+                "A version at zero that has a share: its application is gone, or nothing reaches it.",
+                (
+                    Query(
+                        f"sum by (model, version, kind) (swiftkv:gateway_tokens:rate1m{BY_TENANT})",
+                        "{{model}} {{version}} {{kind}}",
+                    ),
+                ),
+                width=24,
+            ),
+        ),
+        "What SwiftKV saves": (
+            Panel(
+                "Normalised FLOP/s of a device",
+                "FLOP/s",
+                "Falling under the same load: devices wait, for each other, for memory, or for KV.",
+                (
+                    Query(
+                        f'swiftkv:device_flops:rate1m{{{OF_APPLICATION}, pool=~"$pool", work="unmodified"}}',
+                        "{{application}} {{pool}}",
+                    ),
+                ),
+            ),
+            Panel(
+                "Executed FLOP/s of a device",
+                "FLOP/s",
+                "As high as the normalised ones in a prefill pool: skipping is off, or the model is no SwiftKV model.",
+                (
+                    Query(
+                        f'swiftkv:device_flops:rate1m{{{OF_APPLICATION}, pool=~"$pool", work="executed"}}',
+                        "{{application}} {{pool}}",
+                    ),
+                ),
+            ),
+            Panel(
+                "Work that skipping saved",
+                "part",
+                "Falling while prompts stay as long: answers grow, whose tokens skip nothing.",
+                (
+                    Query(
+                        "1 - sum by (application, pool) "
+                        f'(swiftkv:device_flops:rate1m{{{OF_APPLICATION}, pool=~"$pool", work="executed"}}) '
+                        "/ sum by (application, pool) "
+                        f'(swiftkv:device_flops:rate1m{{{OF_APPLICATION}, pool=~"$pool", work="unmodified"}})',
+                        "{{application}} {{pool}}",
+                    ),
+                ),
+            ),
         ),
         "Times": (
             Panel(
@@ -56,10 +106,14 @@ THROUGHPUT = Board(
                 "heat map",
             ),
             Panel(
-                "TTFT and TPOT, p95",
+                "TTFT and TPOT, p95, and their targets",
                 "seconds",
                 "Above the model's target: see Pools and scaling for which pool lacks replicas.",
-                (*quantiles("ttft_seconds", "model", 0.95), *quantiles("tpot_seconds", "model", 0.95)),
+                (
+                    *quantiles("ttft_seconds", "model", 0.95),
+                    *quantiles("tpot_seconds", "model", 0.95),
+                    Query(f"ray_swiftkv_gateway_target_seconds{BY_MODEL}", "{{target}} target {{model}}"),
+                ),
             ),
         ),
         "Requests": (

@@ -36,7 +36,7 @@ TRANSFER = Board(
                 "Bytes/s",
                 "bytes/s",
                 "At the network's rate: transfers wait for each other.",
-                (Query("sum(rate(ray_vllm_nixl_bytes_transferred_sum[1m]))", "KV"),),
+                (Query("sum(rate(ray_swiftkv_kv_transfer_bytes_total[1m]))", "KV"),),
             ),
             Panel(
                 "Seconds of a transfer",
@@ -54,10 +54,10 @@ TRANSFER = Board(
             Panel(
                 "Bytes of a transfer",
                 "bytes",
-                "Far from the spec's bytes per token times the prompt: blocks are padded, or prompts are short.",
+                "Twice the spec's bytes per token times the prompt: prompts are short against a block.",
                 (
                     Query(
-                        "sum(rate(ray_vllm_nixl_bytes_transferred_sum[5m])) / "
+                        "sum(rate(ray_swiftkv_kv_transfer_bytes_total[5m])) / "
                         "sum(rate(ray_vllm_nixl_bytes_transferred_count[5m]))",
                         "mean",
                     ),

@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,8 @@ PROMPT_TOKENS = 1500
 NEW_TOKENS = 33
 NUM_PROMPTS = 4
 NUM_PAIRS = 3
+BUSY_S = 10.0
+"""Before `swiftkv top` looks: Ray exports every 10 s what has happened."""
 
 
 def main() -> int:
@@ -153,7 +155,7 @@ def _load_prompts(path: Path, model: Path) -> list[dict[str, Any]]:
 
 
 def _serve_and_call(prompt: dict[str, Any]) -> dict[str, str]:
-    """Serve the published version and call every route once with the official client."""
+    """Serve the published version, call every route once with the official client, and look at it while it works."""
     port = choose_ports(1)[0]
     try:
         # Eager: compiling would take longer than these few requests. `make serve` compiles.
@@ -167,6 +169,7 @@ def _serve_and_call(prompt: dict[str, Any]) -> dict[str, str]:
         text = "".join(chunk.choices[0].text for chunk in streamed if chunk.choices)
         assert text == completion.choices[0].text, "the stream and the whole answer differ"
         chat = _chat(client, settings) if prompt["has_chat"] else "(the teacher has no chat template)"
+        _show_top(lambda: client.completions.create(prompt=prompt["ids"], **settings))
     finally:
         _call([*SWIFTKV, "down"])
     assert completion.usage is not None
@@ -181,6 +184,20 @@ def _chat(client: OpenAI, settings: dict[str, Any]) -> str:
     chunks = list(client.chat.completions.create(messages=messages, stream=True, **settings))
     assert len(chunks) > 1, "the chat stream came in one piece"
     return whole.choices[0].message.content or ""
+
+
+def _show_top(ask: Callable[[], Any]) -> None:
+    """`swiftkv top` of a pool that answers one request after the other all the while."""
+    until_s = time.monotonic() + BUSY_S
+    while time.monotonic() < until_s:
+        ask()
+    command = [*SWIFTKV, "top", "--once"]
+    _print_command(command)
+    with subprocess.Popen(command) as top:
+        while top.poll() is None:
+            ask()
+    if top.returncode:
+        raise subprocess.CalledProcessError(top.returncode, command)
 
 
 def _measure(teacher: Path, prompts: list[dict[str, Any]]) -> dict[str, Any]:
@@ -217,9 +234,13 @@ def _stage(title: str, stages: dict[str, float]) -> Iterator[None]:
 
 def _call(command: list[Any]) -> None:
     words = [str(word) for word in command]
+    _print_command(words)
+    subprocess.run(words, check=True)
+
+
+def _print_command(words: list[str]) -> None:
     shown = shlex.join(words).replace(shlex.join(SWIFTKV), "swiftkv").replace(sys.executable, "python")
     print(f"$ {shown.replace(f'{CHECKOUT}/', '')}", flush=True)
-    subprocess.run(words, check=True)
 
 
 def _say(text: str) -> None:

@@ -14,14 +14,21 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from boards import DISTILLATION
 from fakes import write_teacher
+from prometheus_server import list_queries, wait_for_answers, watch
 from ranks import run
 
 from swiftkv.cluster import Cluster, find_processes, start_cluster, stop_cluster
 from swiftkv.distill.data import PackedRows
+from swiftkv.distill.estimate import estimate_run
+from swiftkv.distill.folder import count_restarts
 from swiftkv.distill.loop import Place
 from swiftkv.distill.recipe import load_recipe
 from swiftkv.distill.records import read_curve
+from swiftkv.distill.teachers import load_teacher_spec
+from swiftkv.metrics import METRICS
+from swiftkv.metrics.reading import Look, find_endpoints, look
 from swiftkv.model.checkpoint import load_student
 
 pytestmark = pytest.mark.cluster
@@ -91,6 +98,7 @@ def test_two_workers_give_the_weights_of_one(run_folder: Path, home: Path) -> No
 def test_the_run_leaves_no_cluster_and_all_its_records(run_folder: Path, home: Path) -> None:
     assert not (home / "cluster.json").exists()
     records = {"recipe.yaml", "run.json", "curve.jsonl", "curve.png", "tensorboard", "provenance.json", "final"}
+    records.add("starts.txt")
     assert {path.name for path in run_folder.iterdir()} == records
     points = read_curve(run_folder)
     assert [point["step"] for point in points] == list(range(1, 13))
@@ -98,6 +106,7 @@ def test_the_run_leaves_no_cluster_and_all_its_records(run_folder: Path, home: P
     assert provenance["training"]["last_loss"] == points[-1]["loss"]
     assert provenance["teacher"]["folder"] == str(home / "teacher")
     assert provenance["data"]["used_frac"] > 0.97
+    assert count_restarts(run_folder) == 0
 
 
 def test_an_ended_run_is_not_written_over(run_folder: Path, home: Path, inputs: list[str]) -> None:
@@ -207,8 +216,63 @@ def test_a_run_whose_worker_is_killed_ends_like_one_that_was_not_disturbed(
         workers[1].kill()
         assert running.wait(300) == 0
     assert_same_run(folder, undisturbed)
+    assert (count_restarts(folder), count_restarts(undisturbed)) == (1, 0)
 
 
+def test_a_run_exports_all_of_its_metrics_and_that_a_worker_was_killed(
+    cluster: Cluster, undisturbed: Path, home: Path, long_inputs: list[str]
+) -> None:
+    """One without an end, because Ray exports every ten seconds."""
+    folder = home / "metered"
+    words = [sys.executable, "-m", "swiftkv.cli", "distill", RECIPE, "--output", str(folder), *long_inputs]
+    words += ["--set", "training.steps=100000"]
+    with (
+        watch(cluster, home / "prometheus") as prometheus,
+        subprocess.Popen(words, cwd=CHECKOUT, env=os.environ | {"SWIFTKV_HOME": str(home)}) as running,
+    ):
+        try:
+            wait_for_steps(folder, 30)
+            find_workers(cluster)[1].kill()
+            seen = wait_for_metrics(cluster, "metered", num_restarts=1)
+            if prometheus:
+                drawn = {panel.title for panel in DISTILLATION.panels} - {"Part of the GPUs' peak"}
+                wait_for_answers(prometheus, list_queries(DISTILLATION, drawn))
+        finally:
+            stopped = swiftkv(home, "distill", "--stop", folder)
+        assert stopped.returncode == 0 and running.wait(60) == 0
+    assert count_restarts(folder) == 1
+    steps = seen.sum_by("ray_swiftkv_distill_step", "WorkerId", run="metered")
+    assert 0 < max(steps.values()) <= len(read_curve(folder))
+    assert not seen.samples.get("ray_swiftkv_distill_flop_utilisation_frac"), "a CPU's peak is not known"
+    recipe = load_recipe(folder / "recipe.yaml")
+    estimate = estimate_run(recipe, load_teacher_spec(recipe), "cpu-core")
+    flops, tokens = (
+        seen.sum_by(f"ray_swiftkv_distill_{name}_per_second", run="metered")[()] for name in ("flops", "tokens")
+    )
+    # By the estimate every position of a row carries a loss, and the last one of a document has none.
+    assert flops / tokens == pytest.approx(estimate.flops_per_step / (4 * 128), rel=0.05)
+    waits = seen.sum_by("ray_swiftkv_distill_checkpoint_seconds_count", run="metered")[()]
+    assert 0 < waits <= 2 + len(read_curve(folder)) / 20
+
+
+def wait_for_metrics(cluster: Cluster, run: str, num_restarts: int) -> Look:
+    """The first look that shows every metric of the run but its part of a peak, after so many restarts."""
+    metrics = [metric for metric in METRICS.values() if metric.name.startswith("swiftkv_distill_")]
+    wanted = {name for metric in metrics for name in metric.exported_names}
+    wanted.remove("ray_swiftkv_distill_flop_utilisation_frac")
+    discovery = cluster.folder / "r" / "prom_metrics_service_discovery.json"
+    deadline = time.monotonic() + 90
+    while True:
+        seen = look(find_endpoints(discovery))
+        missing = {name for name in wanted if not seen.sum_by(name, run=run)}
+        restarts = seen.sum_by("ray_swiftkv_distill_restarts", run=run)
+        if not missing and restarts == {(): num_restarts}:
+            return seen
+        assert time.monotonic() < deadline, f"missing: {missing}; restarts: {restarts}"
+        time.sleep(0.5)
+
+
+@pytest.mark.soak
 def test_an_elastic_run_takes_the_workers_that_there_are(
     cluster: Cluster, undisturbed: Path, home: Path, long_inputs: list[str]
 ) -> None:
@@ -245,6 +309,7 @@ def test_a_run_is_left_stopped_and_taken_up_again(
     resumed = swiftkv(home, "distill", "--resume", folder)
     assert resumed.returncode == 0, resumed.stderr
     assert_same_run(folder, undisturbed)
+    assert count_restarts(folder) == 0, "it was somebody's wish"
     ended = swiftkv(home, "distill", "--resume", folder)
     assert ended.returncode == 2 and "this run has ended" in ended.stderr
 

@@ -11,6 +11,7 @@ import signal
 import time
 from collections import Counter
 from contextlib import suppress
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import httpx
@@ -25,6 +26,8 @@ RATE = 1000.0
 """Prompt tokens/s of the stand-in."""
 PLACES = 24
 LEASE_S = 2.0
+EXPORT_S = 30.0
+"""Within which what is counted is in what Ray's agents export."""
 HERE = Path(__file__).parent
 
 
@@ -79,23 +82,40 @@ def build_stand_in(_arguments):
 class Serving:
     """The running cluster."""
 
-    def __init__(self, client, port, keys, folder, config):
+    def __init__(self, client, port, keys, folder, config, usage_store):
         self.client = client
         self.url = f"http://127.0.0.1:{port}"
         self.keys = keys
         self.folder = folder
         self.config = config
+        self.usage_store = usage_store
 
     def connect(self, tenant):
         headers = {"Authorization": f"Bearer {self.keys[tenant]}"}
         limits = httpx.Limits(max_connections=None)
         return httpx.AsyncClient(base_url=self.url, headers=headers, limits=limits, timeout=60)
 
-    def read_log(self):
-        """What the gateways wrote of each request."""
-        texts = read_all(self.folder.glob("r/session_*/logs/worker-*.err"))
+    def read_log(self, pid="*"):
+        """What the gateways, or one of them, wrote of each request."""
+        texts = read_all(self.folder.glob(f"r/session_*/logs/worker-*-{pid}.err"))
         lines = (line for text in texts for line in text.splitlines() if line.startswith('{"request_id"'))
         return [json.loads(line) for line in lines]
+
+    def read_usage(self):
+        """The requests whose usage is recorded, as clients know them. A record that is there twice counts once."""
+        from swiftkv.registry.storage import Storage
+        from swiftkv.serving.usage.summing import read_usage
+
+        now = datetime.now(UTC)
+        found = read_usage(Storage(self.usage_store), now - timedelta(hours=1), now + timedelta(hours=1))
+        return found["request_id"].to_pylist()
+
+    def count_lost_tokens(self):
+        """As Ray's agents export it."""
+        from swiftkv.metrics.reading import find_endpoints, look
+
+        discovery = self.folder / "r" / "prom_metrics_service_discovery.json"
+        return sum(look(find_endpoints(discovery)).sum_by("ray_swiftkv_usage_lost_tokens_total").values())
 
     def find_pids(self, deployment):
         details = self.client.get_serve_details()["applications"]["gateway"]["deployments"][deployment]
@@ -132,16 +152,16 @@ def serving(tmp_path_factory):
         cluster = start_cluster(num_cpus=2)
         try:
             client = ServeSubmissionClient(cluster.dashboard_url, headers=cluster.headers())
-            config = build_config(port, str(folder / "tenants.yaml"))
+            config = build_config(port, folder)
             client.deploy_applications(config)
-            serving = Serving(client, port, keys, cluster.folder, config)
+            serving = Serving(client, port, keys, cluster.folder, config, folder / "usage")
             wait_until_ready(serving)
             yield serving
         finally:
             stop_cluster(cluster)
 
 
-def build_config(port, tenants_file):
+def build_config(port, folder):
     capacity = {
         "max_in_flight_sequences": PLACES,
         "max_in_flight_prompt_tokens": 200,
@@ -150,7 +170,8 @@ def build_config(port, tenants_file):
     }
     settings = {
         "models": {"tiny": {"routes": [{"application": "tiny-1"}], "capacity": capacity}},
-        "tenants_file": tenants_file,
+        "tenants_file": str(folder / "tenants.yaml"),
+        "usage_store": str(folder / "usage"),
         "num_replicas": 2,
         "lease_s": LEASE_S,
     }
@@ -306,6 +327,53 @@ def test_flood_of_twenty_times_the_share_raises_anothers_ttft_by_less_than_a_qua
     assert statuses["victim", 200] == len(flooded)
     assert statuses["flood", 429] > 1000
     assert p95_flooded / p95_kept <= 1.25
+
+
+def test_usage_of_a_killed_gateway_is_recorded_but_for_its_last_seconds_which_are_counted(serving):
+    """It is killed just after it has written, so that what it answers from then on is what is lost."""
+    from swiftkv.serving.gateway.admission_server import GONE_LEASES
+    from swiftkv.serving.usage.writer import FLUSH_S
+
+    tokens = 2  # of each request: one of prompt, one of completion
+
+    async def ask(client, request_id):
+        answer = await client.post("/v1/completions", json=make_body(), headers={"x-request-id": request_id})
+        assert answer.status_code == 200
+        return request_id
+
+    async def ask_all(client, name):
+        return await asyncio.gather(*(ask(client, f"{name}-{number}") for number in range(20)))
+
+    def find_answered(pid, ids):
+        return {line["request_id"] for line in serving.read_log(pid)} & set(ids)
+
+    async def run():
+        async with serving.connect("victim") as client:
+            early, ended_s = await ask_all(client, "early"), time.perf_counter()
+            pid = max(serving.find_pids("gateway"), key=lambda pid: len(find_answered(pid, early)))
+            while not find_answered(pid, early) <= set(serving.read_usage()):
+                assert time.perf_counter() - ended_s < FLUSH_S + 2
+                await asyncio.sleep(0.1)
+            late = []
+            while not find_answered(pid, late):
+                late += await ask_all(client, f"late-{len(late)}")
+                await asyncio.sleep(0.3)
+            os.kill(pid, signal.SIGKILL)
+            await asyncio.sleep(FLUSH_S + 2)
+            recorded = Counter(serving.read_usage())
+            assert {recorded[name] for name in early} == {1}
+            missing = set(late) - set(recorded)
+            assert missing == find_answered(pid, late)
+            ends_s = time.perf_counter() + GONE_LEASES * LEASE_S + EXPORT_S
+            while (lost := serving.count_lost_tokens() - lost_before) == 0 and time.perf_counter() < ends_s:
+                await asyncio.sleep(1)
+            return pid, len(late), len(missing), lost
+
+    lost_before = serving.count_lost_tokens()
+    pid, num_late, num_missing, lost = asyncio.run(run())
+    print(f"of {num_late} requests within a second before the kill {num_missing} are in no record; {lost:g} tokens")
+    assert lost == tokens * num_missing
+    serving.wait_for("gateway", 2, absent=[pid])
 
 
 def test_places_of_a_killed_gateway_are_free_after_its_lease(serving):

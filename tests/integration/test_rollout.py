@@ -190,6 +190,7 @@ class World:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
+    from prometheus_server import watch  # replicas import this file, and know no dashboards
     from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 
     from swiftkv.cluster import choose_ports, start_cluster, stop_cluster
@@ -209,7 +210,8 @@ def world(tmp_path_factory):
             world.wait_for_event("switched", version, timeout_s=180)
             wait_until_ready(world)
             world.load = Load(world.url)
-            yield world
+            with watch(cluster, home / "prometheus") as world.prometheus:
+                yield world
         finally:
             if world.load:
                 world.load.stop()
@@ -257,6 +259,9 @@ def wait_until_ready(world):
 
 
 def test_good_version_gets_a_share_then_everything_and_the_old_one_goes(world):
+    from boards import POOLS
+    from prometheus_server import list_queries, wait_for_answers
+
     old = world.find_serving()
     version = world.release()
     world.wait_for_event("canary", version)
@@ -268,6 +273,11 @@ def test_good_version_gets_a_share_then_everything_and_the_old_one_goes(world):
     print(f"while it was watched: {dict(counts)}; {switched['figures']}")
     assert 0.1 < share < 0.6
     world.wait_for_event("removed", old)
+    if world.prometheus:
+        shown = list_queries(POOLS, {"New version's share"})
+        both = 'sum(ray_swiftkv_rollout_decisions_total{outcome="switched"}) == 2'  # this one, and the first of all
+        marks = POOLS.annotations["a version is switched to or rejected"]
+        wait_for_answers(world.prometheus, [*shown, both, marks])
     world.wait_until_only(version)
 
 

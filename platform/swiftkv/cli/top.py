@@ -64,8 +64,10 @@ def _look(discovery: Path) -> Look:
 
 
 def render(before: Look, after: Look) -> Group:
-    """The view of what happened between two looks."""
-    return Group(_render_models(before, after), _render_pools(before, after), _render_tenants(before, after))
+    """The view of what happened between two looks. Models and tenants are a gateway's: without one there are none."""
+    tables = [_render_models(before, after), _render_pools(before, after), _render_tenants(before, after)]
+    shown = [table for table in tables if table.row_count]
+    return Group(*shown) if shown else Group("nothing is served")
 
 
 def _render_models(before: Look, after: Look) -> Table:

@@ -5,7 +5,8 @@ Called by: cli/main.py. Calls: serving/usage.
 
 import json
 from datetime import UTC, datetime, timedelta
-from typing import Annotated
+from decimal import Decimal
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -25,10 +26,10 @@ def usage(
     until: Annotated[str | None, typer.Option("--to", help="Day or time to stop before; now otherwise.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Sum requests and tokens."""
+    """Sum requests, tokens and charges, these by currency."""
     # pyarrow takes a while to load, and other commands need none of it.
     from swiftkv.registry.storage import Storage
-    from swiftkv.serving.usage.summing import SUMMED, read_usage, sum_usage
+    from swiftkv.serving.usage.summing import read_usage, sum_usage
 
     now = datetime.now(UTC)
     begin = _read_time(since, "--from") if since else now - timedelta(days=30)
@@ -41,20 +42,34 @@ def usage(
         )
     rows = sum_usage(records, columns)
     if as_json:
-        typer.echo(json.dumps(rows))
+        typer.echo(json.dumps(rows, default=_write_charge))
         return
     if not rows:
         console.print(f"no record of that time in {store}: is it the gateway's usage_store?", soft_wrap=True)
         return
-    title = f"tokens, {begin:%Y-%m-%d %H:%M} to {end:%Y-%m-%d %H:%M} UTC"
+    title = f"usage, {begin:%Y-%m-%d %H:%M} to {end:%Y-%m-%d %H:%M} UTC"
+    console.print(_build_table(title, columns, rows))
+
+
+def _build_table(title: str, columns: list[str], rows: list[dict[str, Any]]) -> Table:
+    from swiftkv.serving.usage.summing import SUMMED
+
+    currencies = sorted({currency for row in rows for currency in row["charges"]})
     table = Table(title=title, title_justify="left")
     for column in columns:
         table.add_column(column)
-    for column in ("requests", *SUMMED):
+    for column in ("requests", *SUMMED, *currencies):
         table.add_column(column.replace("_tokens", ""), justify="right")
     for row in rows:
-        table.add_row(*(str(row[c]) for c in columns), *(f"{row[c]:,}" for c in ("requests", *SUMMED)))
-    console.print(table)
+        counts = [f"{row[column]:,}" for column in ("requests", *SUMMED)]
+        charges = [f"{row['charges'].get(currency, 0):,.6f}" for currency in currencies]
+        table.add_row(*(str(row[column]) for column in columns), *counts, *charges)
+    return table
+
+
+def _write_charge(charge: Decimal) -> str:
+    """With all its places: JSON's numbers are binary to most who read them."""
+    return f"{charge:f}"
 
 
 def _read_time(given: str, option: str) -> datetime:

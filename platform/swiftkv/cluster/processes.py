@@ -26,8 +26,9 @@ Result = TypeVar("Result")
 def end_processes(leader: int, mark: str) -> list[psutil.Process]:
     """Ends all processes of the cluster, mostly within 5 s; returns those that it could not end.
 
-    They are killed: none has anything to save that a kill would lose, and asked to end, an engine takes longer
-    than anyone waits. Ray's servers go first, or they would start their workers again and kill the cleaners.
+    They are killed: none has anything to save that a kill would lose (but a gateway the usage of its last five
+    seconds), and asked to end, an engine takes longer than anyone waits. Ray's servers go first, or they would start
+    their workers again and kill the cleaners.
     """
     everything = find_members(leader, mark)
     servers = {child.pid for child in _children_of(leader)}

@@ -1,7 +1,7 @@
 """What a distillation step costs by arithmetic: memory of one worker by part, and FLOPs of one step by part.
 
 Follows step.py, losses.py and model/modeling.py operation by operation; measures nothing and knows no devices.
-Called by: distill/estimate.py. Calls: spec.
+Called by: distill/estimate.py, distill/utilisation.py. Calls: spec.
 
 Letters: R rows of a pass, T tokens of a row, S positions of a row with loss, D hidden, I intermediate, V vocabulary.
 """
@@ -162,9 +162,10 @@ def _compute_teacher_bytes(work: Workload) -> float:
     return float(values * min(work.teacher_rows, work.rows) * work.row_tokens)
 
 
-def compute_step_flops(work: Workload, rows: int) -> dict[str, float]:
+def compute_step_flops(work: Workload, rows: int, num_positions: int | None = None) -> dict[str, float]:
     """FLOPs of a step of so many rows, by part; a multiply and an add count as two.
 
+    `num_positions`: with a loss, of all rows; None: none has fewer than `work.loss_positions`.
     As the kernels compute: attention with a mask multiplies all pairs, plainly causal attention half of them.
     """
     spec, tokens, positions = work.spec, rows * work.row_tokens, rows * work.loss_positions
@@ -186,7 +187,7 @@ def compute_step_flops(work: Workload, rows: int) -> dict[str, float]:
         + (student.total - student.key_value) * positions,
         "student's later half": keys_values + elsewhere,
         "student's backward pass": 2 * keys_values + (queries + others) * positions + again,
-        "LM head": 3 * spec.compute_lm_head_flops() * positions,
+        "LM head": 3 * spec.compute_lm_head_flops() * (positions if num_positions is None else num_positions),
     }
 
 

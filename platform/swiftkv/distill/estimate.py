@@ -2,7 +2,7 @@
 
 Arithmetic with assumptions that are named where they stand; reads no weights, measures nothing, imports no torch.
 Communication between workers and input are taken to cost no time.
-Called by: cli/distill.py (--dry-run). Calls: distill/costs.py.
+Called by: cli/distill.py (--dry-run), distill/utilisation.py. Calls: distill/costs.py.
 """
 
 from collections.abc import Iterator
@@ -30,17 +30,20 @@ class Device:
     utilisation_frac: float = 0.4
     """Part of the peak that a training step is assumed to reach."""
     is_gpu: bool = True
+    names: tuple[str, ...] = ()
+    """What the driver calls such devices."""
 
 
 DEVICES = {
-    "h100-80gb": Device(80e9, 989e12),
-    "h200-141gb": Device(141e9, 989e12),
-    "a100-80gb": Device(80e9, 312e12),
-    "b200": Device(180e9, 2250e12),
+    "h100-80gb": Device(80e9, 989e12, names=("NVIDIA H100 80GB HBM3",)),
+    "h200-141gb": Device(141e9, 989e12, names=("NVIDIA H200",)),
+    "a100-80gb": Device(80e9, 312e12, names=("NVIDIA A100-SXM4-80GB", "NVIDIA A100 80GB PCIe")),
+    "b200": Device(180e9, 2250e12, names=("NVIDIA B200",)),
     "cpu-core": Device(4e9, 160e9, is_gpu=False),
 }
 """By name. A CPU core is one with two AVX-512 units (64 float32 FLOPs a cycle, by Intel's manual) at 2.5 GHz, with
-4 GB of memory; processors that multiply bfloat16 themselves are faster."""
+4 GB of memory; processors that multiply bfloat16 themselves are faster. PCIe and NVL cards of the H100 and H200 are
+slower than these, and not among the names."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,7 @@ def estimate_run(
     # Rows are filled up to the one with most loss, so one source of plain text is enough to have it everywhere.
     only_answers = recipe.data.loss_on == "answers" and all(source.format != "text" for source in recipe.data.train)
     loss_frac = answer_frac if only_answers else 1.0
-    work = _build_workload(recipe, spec, weight_bytes, loss_frac, kind.is_gpu)
+    work = build_workload(recipe, spec, weight_bytes, loss_frac, kind.is_gpu)
     num_workers = recipe.workers.num_workers
     cores = 1.0 if kind.is_gpu else recipe.workers.cpus_per_worker
     return RunEstimate(
@@ -189,7 +192,8 @@ def _find_device(device: str, use_gpu: bool) -> Device:
     return DEVICES[device]
 
 
-def _build_workload(recipe: Recipe, spec: SwiftKVSpec, weight_bytes: int, loss_frac: float, is_gpu: bool) -> Workload:
+def build_workload(recipe: Recipe, spec: SwiftKVSpec, weight_bytes: int, loss_frac: float, is_gpu: bool) -> Workload:
+    """What a worker computes in a pass of the recipe; `weight_bytes` and `is_gpu` bear on memory alone."""
     training, data = recipe.training, recipe.data
     rows = min(
         -(-training.rows_per_step // recipe.workers.num_workers), training.rows_per_pass or training.rows_per_step

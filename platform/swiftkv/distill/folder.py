@@ -3,6 +3,7 @@
     recipe.yaml         as resolved; written when the run begins
     run.json            the run's id, and which rows it reads
     train/              checkpoints, while it runs (or in the recipe's storage)
+    starts.txt          each start of the workers: by which job, and when
     curve.jsonl, .png   loss, its parts, learning rate and gradient norm of every step
     tensorboard/        the same for TensorBoard
     stop-requested      somebody asked the run to end
@@ -16,6 +17,7 @@ Called by: cli/distill.py, jobs/distill.py, distill/run.py, distill/worker.py, d
 
 import json
 import uuid
+from datetime import UTC, datetime
 from pathlib import Path
 
 from swiftkv.errors import ConfigError, DataError
@@ -24,6 +26,7 @@ RECIPE_FILE = "recipe.yaml"
 RUN_FILE = "run.json"
 DIVERGED_FILE = "diverged-batch.npz"
 CHECKPOINTS = "train"
+STARTS_FILE = "starts.txt"
 CURVE_FILE = "curve.jsonl"
 STOP_FILE = "stop-requested"
 FINAL = "final"
@@ -94,3 +97,20 @@ def keep_rows(run_folder: Path, rows: str) -> None:
             "Bring them back, or begin another run."
         )
     file.write_text(json.dumps(noted), encoding="utf-8")
+
+
+def note_start(run_folder: Path, job: str) -> int:
+    """Note that the workers start; how many starts so far came after another of the same job.
+
+    Those are Ray Train's, after a failure or as another number of workers. A run that is resumed has another job.
+    """
+    file = run_folder / STARTS_FILE
+    with file.open("a", encoding="utf-8") as starts:
+        starts.write(f"{job} {datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}\n")
+    return count_restarts(run_folder)
+
+
+def count_restarts(run_folder: Path) -> int:
+    """Times that Ray Train has started the run's workers again."""
+    lines = (run_folder / STARTS_FILE).read_text(encoding="utf-8").splitlines()
+    return len(lines) - len({line.partition(" ")[0] for line in lines})

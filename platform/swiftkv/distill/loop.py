@@ -2,7 +2,7 @@
 
 Knows neither Ray nor files: rows, logging, saving and the wish to stop are handed in.
 Called by: distill/worker.py.
-Calls: distill/data.py (which rows), distill/step.py (one pass), distill/divergence.py.
+Calls: distill/data.py (which rows), distill/step.py (one pass), distill/divergence.py, distill/utilisation.py.
 
 Shapes: B rows of a pass, T tokens.
 """
@@ -21,9 +21,11 @@ from torch.distributed.tensor import DTensor
 from swiftkv.distill.checkpoints import CURVE_COLUMNS
 from swiftkv.distill.data import PackedRows, choose_rows, share_rows
 from swiftkv.distill.divergence import DivergenceGuard
+from swiftkv.distill.estimate import build_workload
 from swiftkv.distill.losses import compute_learning_rate_factor
 from swiftkv.distill.recipe import Recipe
 from swiftkv.distill.step import Batch, DistillStep
+from swiftkv.distill.utilisation import count_step_flops
 from swiftkv.model.precision import has_bfloat16_instructions
 
 
@@ -41,6 +43,8 @@ class Figures:
     """Before clipping."""
     num_positions: int
     """Positions with a loss."""
+    flops: float
+    """Of the passes of all workers."""
     asked_to_stop: bool
 
 
@@ -88,10 +92,20 @@ class Training:
         self.curve = torch.zeros(0, len(CURVE_COLUMNS), dtype=torch.float64)
         """One row per step done, of CURVE_COLUMNS."""
         self.bfloat16 = _agree(uses_bfloat16(self.settings.precision, step), place)
+        self._work = build_workload(recipe, step.model.model.spec, weight_bytes=4, loss_frac=1.0, is_gpu=False)
 
     def choose_rows(self) -> npt.NDArray[np.int64]:
         """The rows of the next step, of all workers."""
         return choose_rows(len(self.curve), self.settings.rows_per_step, len(self.rows), self.settings.seed)
+
+    def share_rows(self, chosen: npt.NDArray[np.int64], rank: int) -> list[npt.NDArray[np.int64]]:
+        """Those of each pass of a worker."""
+        return share_rows(chosen, rank, self.place.world_size, self.settings.rows_per_pass)
+
+    def count_flops(self, chosen: npt.NDArray[np.int64]) -> float:
+        """FLOPs of a step of these rows, of all workers."""
+        passes = (numbers for rank in range(self.place.world_size) for numbers in self.share_rows(chosen, rank))
+        return count_step_flops(self._work, passes, self.rows.num_positions)
 
 
 def train(training: Training, checkpoint_every: int, surroundings: Surroundings) -> Ending:
@@ -123,7 +137,7 @@ def compute_gradients(training: Training, wants_to_stop: bool = False) -> Figure
     settings, place = training.settings, training.place
     chosen = training.choose_rows()
     num_positions = int(training.rows.num_positions[chosen].sum())
-    passes = share_rows(chosen, place.rank, place.world_size, settings.rows_per_pass)
+    passes = training.share_rows(chosen, place.rank)
     training.optimizer.zero_grad(set_to_none=True)
     totals = torch.zeros(4, dtype=torch.float64)  # the three losses, and the wish to stop
     for index, numbers in enumerate(passes):
@@ -140,7 +154,15 @@ def compute_gradients(training: Training, wants_to_stop: bool = False) -> Figure
     loss, logits_kl, hidden_loss, asked_to_stop = totals.tolist()
     done = len(training.curve) + 1
     return Figures(
-        done, loss, logits_kl, hidden_loss, learning_rate, float(norm), num_positions, asked_to_stop=bool(asked_to_stop)
+        done,
+        loss,
+        logits_kl,
+        hidden_loss,
+        learning_rate,
+        float(norm),
+        num_positions,
+        training.count_flops(chosen),
+        asked_to_stop=bool(asked_to_stop),
     )
 
 

@@ -23,6 +23,8 @@ class Progress:
     gradient_norm: float
     tokens_per_s: float
     """Of all workers: every position of their rows."""
+    flops_per_s: float
+    """Of all workers, by the FLOP model."""
     memory_gib: float
     """Of the first worker: the most that was in use on its GPU, or what the process holds on a CPU."""
     remaining_s: float

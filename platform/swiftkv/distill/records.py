@@ -18,7 +18,7 @@ from swiftkv.distill.folder import CURVE_FILE, read_run_id
 from swiftkv.distill.loop import Figures
 from swiftkv.distill.progress import Progress
 from swiftkv.distill.recipe import Recipe
-from swiftkv.metrics import record
+from swiftkv.metrics import observe, record
 
 _GIB = 2**30
 
@@ -26,8 +26,19 @@ _GIB = 2**30
 class RunRecorder:
     """Records each step, and says how far the run is every few steps."""
 
-    def __init__(self, recipe: Recipe, run_folder: Path, curve: Tensor) -> None:
-        """`curve`: of the steps that were done before; what was recorded after them is forgotten."""
+    def __init__(
+        self,
+        recipe: Recipe,
+        run_folder: Path,
+        curve: Tensor,
+        num_restarts: int = 0,
+        peak_flops_per_s: float | None = None,
+    ) -> None:
+        """`curve`: of the steps that were done before; what was recorded after them is forgotten.
+
+        `num_restarts`: of the run's workers so far. `peak_flops_per_s`: of all workers; None where it is not known.
+        """
+        self._num_restarts, self._peak_flops_per_s = num_restarts, peak_flops_per_s
         self._recipe, self._run = recipe, run_folder.name
         self._window = _Window(recipe)
         run_folder.mkdir(parents=True, exist_ok=True)
@@ -49,7 +60,11 @@ class RunRecorder:
         progress = self._window.add(figures)
         if progress is not None:
             print(progress.format_line(), flush=True)
-            _record_metrics(progress, self._run)
+            self._record_metrics(progress)
+
+    def record_checkpoint(self, waited_s: float) -> None:
+        """Note what training waited for a checkpoint."""
+        observe("swiftkv_distill_checkpoint_seconds", waited_s, run=self._run)
 
     def close(self) -> None:
         """Write what is still held back."""
@@ -58,6 +73,21 @@ class RunRecorder:
             self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+    def _record_metrics(self, progress: Progress) -> None:
+        run = self._run
+        record("swiftkv_distill_step", progress.step, run=run)
+        for part in ("loss", "logits_kl", "hidden_loss"):
+            record("swiftkv_distill_loss_nats", getattr(progress, part), run=run, part=part)
+        record("swiftkv_distill_tokens_per_second", progress.tokens_per_s, run=run)
+        record("swiftkv_distill_learning_rate", progress.learning_rate, run=run)
+        record("swiftkv_distill_gradient_norm", progress.gradient_norm, run=run)
+        record("swiftkv_distill_memory_bytes", progress.memory_gib * _GIB, run=run)
+        record("swiftkv_distill_remaining_seconds", progress.remaining_s, run=run)
+        record("swiftkv_distill_flops_per_second", progress.flops_per_s, run=run)
+        if self._peak_flops_per_s is not None:
+            record("swiftkv_distill_flop_utilisation_frac", progress.flops_per_s / self._peak_flops_per_s, run=run)
+        record("swiftkv_distill_restarts", self._num_restarts, run=run)
 
 
 class _Window:
@@ -76,9 +106,11 @@ class _Window:
         if figures.step % self._every and figures.step != self._steps and not figures.asked_to_stop:
             return None
         count, now = len(self._figures), time.monotonic()
-        step_s = (now - self._since) / count
+        seconds = now - self._since
+        step_s = seconds / count
         names = ("loss", "logits_kl", "hidden_loss", "gradient_norm")
         means = {name: sum(getattr(entry, name) for entry in self._figures) / count for name in names}
+        flops_per_s = sum(entry.flops for entry in self._figures) / seconds
         self._figures, self._since = [], now
         return Progress(
             figures.step,
@@ -86,6 +118,7 @@ class _Window:
             **means,
             learning_rate=figures.learning_rate,
             tokens_per_s=self._tokens_per_step / step_s,
+            flops_per_s=flops_per_s,
             memory_gib=_measure_memory_bytes() / _GIB,
             remaining_s=step_s * (self._steps - figures.step),
         )
@@ -124,17 +157,6 @@ def draw_curve(run_folder: Path) -> Path:
 
 def _format_point(step: int, row: list[float]) -> str:
     return json.dumps({"step": step, **dict(zip(CURVE_COLUMNS, row, strict=True))}) + "\n"
-
-
-def _record_metrics(progress: Progress, run: str) -> None:
-    record("swiftkv_distill_step", progress.step, run=run)
-    for part in ("loss", "logits_kl", "hidden_loss"):
-        record("swiftkv_distill_loss_nats", getattr(progress, part), run=run, part=part)
-    record("swiftkv_distill_tokens_per_second", progress.tokens_per_s, run=run)
-    record("swiftkv_distill_learning_rate", progress.learning_rate, run=run)
-    record("swiftkv_distill_gradient_norm", progress.gradient_norm, run=run)
-    record("swiftkv_distill_memory_bytes", progress.memory_gib * _GIB, run=run)
-    record("swiftkv_distill_remaining_seconds", progress.remaining_s, run=run)
 
 
 def _measure_memory_bytes() -> int:

@@ -7,6 +7,7 @@ Calls: distill/prepare.py (rows), distill/worker.py (on the workers), model/ (th
 import json
 import shutil
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,7 @@ def _fit(recipe: Recipe, run_folder: Path, rows: Path) -> Any:
             "run_folder": str(run_folder),
             "rows": str(rows),
             "recovered": recover_checkpoint(storage, name),
+            "job": uuid.uuid4().hex[:12],
         },
         # Checkpoints are gathered on CPUs beside the GPUs' own collectives.
         torch_config=ray.train.torch.TorchConfig(backend="cpu:gloo,cuda:nccl" if workers.use_gpu else "gloo"),

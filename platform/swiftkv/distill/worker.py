@@ -2,10 +2,11 @@
 
 Does not prepare rows or assemble the student's folder (run.py).
 Called by: Ray Train, on behalf of distill/run.py.
-Calls: distill/parallel.py, distill/loop.py, distill/checkpoints.py, distill/records.py.
+Calls: distill/parallel.py, distill/loop.py, distill/checkpoints.py, distill/records.py, distill/utilisation.py.
 """
 
 import tempfile
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,14 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from swiftkv.distill.checkpoints import CheckpointWriter, keep_trained, load_checkpoint
 from swiftkv.distill.data import PackedRows
-from swiftkv.distill.folder import DIVERGED_FILE, STOP_FILE, read_run_id
+from swiftkv.distill.folder import DIVERGED_FILE, STOP_FILE, note_start, read_run_id
 from swiftkv.distill.loop import Ending, Figures, Place, Training, train
 from swiftkv.distill.parallel import shard_step
 from swiftkv.distill.recipe import Recipe
 from swiftkv.distill.records import RunRecorder
 from swiftkv.distill.recovery import open_storage
 from swiftkv.distill.step import DistillStep
+from swiftkv.distill.utilisation import find_peak_flops_per_s
 from swiftkv.errors import TrainingError
 from swiftkv.model.convert import convert_teacher, freeze_teacher
 
@@ -39,6 +41,7 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     recipe, run_folder = Recipe.model_validate(settings["recipe"]), Path(settings["run_folder"])
     context = ray.train.get_context()
     place = Place(context.get_world_rank(), context.get_world_size())
+    num_restarts = note_start(run_folder, settings["job"]) if place.rank == 0 else 0
     step = build_step(recipe)
     shard_step(step, ray.train.torch.get_device(), place.world_size)
     training = Training(step, recipe, _open_rows(Path(settings["rows"])), place)
@@ -49,7 +52,7 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
                 return asdict(Ending("finished", recipe.training.steps))
             training.curve = load_checkpoint(step, training.optimizer, Path(folder))
     scratch = Path(tempfile.gettempdir()) / f"swiftkv-{read_run_id(run_folder)}-{place.rank}"
-    worker = _Worker(training, recipe, run_folder, scratch)
+    worker = _Worker(training, recipe, run_folder, scratch, num_restarts)
     try:
         ending = train(training, recipe.checkpoints.every_steps, worker)
     finally:
@@ -88,12 +91,18 @@ def build_step(recipe: Recipe) -> DistillStep:
 class _Worker:
     """The surroundings of the loop in a Ray Train worker."""
 
-    def __init__(self, training: Training, recipe: Recipe, run_folder: Path, scratch: Path) -> None:
+    def __init__(self, training: Training, recipe: Recipe, run_folder: Path, scratch: Path, num_restarts: int) -> None:
         self._is_first = training.place.rank == 0
-        self._recorder = RunRecorder(recipe, run_folder, training.curve) if self._is_first else None
+        self._recorder: RunRecorder | None = None
+        if self._is_first:
+            peak = find_peak_flops_per_s(training.trained[0].device, training.bfloat16)
+            all_peaks = None if peak is None else peak * training.place.world_size
+            self._recorder = RunRecorder(recipe, run_folder, training.curve, num_restarts, all_peaks)
         self._writer = CheckpointWriter(training.step, training.optimizer, scratch)
         self._stop_file = run_folder / STOP_FILE
         self._steps_saved = 0
+        self._waited_s = 0.0
+        """For the checkpoint that was begun."""
 
     def log(self, figures: Figures) -> None:
         """Record the step."""
@@ -102,14 +111,20 @@ class _Worker:
 
     def save(self, curve: Tensor) -> None:
         """Begin to write this worker's part of a checkpoint."""
+        started = time.monotonic()
         self._steps_saved = len(curve)
         self._writer.start(curve)
+        self._waited_s = time.monotonic() - started
 
     def hand_over(self) -> None:
         """Give Ray Train the part that was begun; it is uploaded while training goes on."""
+        started = time.monotonic()
         folder = self._writer.finish()
-        if folder is not None:
-            _report(folder, {"step": self._steps_saved}, f"step-{self._steps_saved:08d}")
+        if folder is None:
+            return
+        _report(folder, {"step": self._steps_saved}, f"step-{self._steps_saved:08d}")
+        if self._recorder is not None:
+            self._recorder.record_checkpoint(self._waited_s + time.monotonic() - started)
 
     def wants_to_stop(self) -> bool:
         """Whether somebody asked the run to end."""

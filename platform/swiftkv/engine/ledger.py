@@ -2,13 +2,15 @@
 
 Every second since the ledger began is in exactly one account, so that all accounts together are the engine's life. Pure
 bookkeeping of times that are given; knows no vLLM.
-Called by: engine/scheduler.py.
+Called by: engine/scheduler.py. Calls: engine/step_work.py.
 """
 
 from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+from swiftkv.engine.step_work import Work
 
 Phase = Literal["prefill", "transfer", "decode", "idle"]
 """transfer: nothing could be computed, because KV was on its way."""
@@ -27,13 +29,28 @@ class Share:
     tenant: str
     phase: Phase
     flops: float
+    """Executed; the step's time is split by them."""
+    unmodified_flops: float
+    """Of the unmodified model, for the same tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Accounts:
+    """What a ledger holds. Steps that run are in none of it yet."""
+
+    seconds: dict[Account, float]
+    unmodified_seconds: dict[str, float]
+    """By tenant: what its steps would have taken if their time grew with the unmodified model's FLOPs. An estimate."""
+    flops: dict[tuple[Phase, Work], float]
 
 
 class Ledger:
     """Seconds by tenant and phase. Times are of one clock that only goes forward."""
 
     def __init__(self, now_s: float) -> None:
-        self._accounts: dict[Account, float] = defaultdict(float)
+        self._seconds: dict[Account, float] = defaultdict(float)
+        self._unmodified_s: dict[str, float] = defaultdict(float)
+        self._flops: dict[tuple[Phase, Work], float] = defaultdict(float)
         self._settled_s = now_s
         self._scheduled: deque[Sequence[Share]] = deque()
         self._has_work = False
@@ -49,22 +66,26 @@ class Ledger:
         """The oldest step is over. `waiting`: tenants of requests whose KV is on its way, to or from this engine;
         `has_work`: whether the engine goes on. What lies between a step and the next is the next one's."""
         shares = self._scheduled.popleft()
+        for share in shares:
+            self._flops[share.phase, "executed"] += share.flops
+            self._flops[share.phase, "unmodified"] += share.unmodified_flops
         if not any(share.flops for share in shares):
-            shares = [Share(tenant, "transfer", 1.0) for tenant in waiting]
+            shares = [Share(tenant, "transfer", 1.0, 1.0) for tenant in waiting]
         self._settle(now_s, shares)
         self._has_work = has_work or bool(self._scheduled)
 
-    def read(self, now_s: float) -> dict[Account, float]:
-        """Seconds in each account; those of a step that runs are in none yet."""
+    def read(self, now_s: float) -> Accounts:
+        """All of it, with the idle seconds until now."""
         if not self._has_work:
             self._settle(now_s, [])
-        return dict(self._accounts)
+        return Accounts(dict(self._seconds), dict(self._unmodified_s), dict(self._flops))
 
     def _settle(self, now_s: float, shares: Sequence[Share]) -> None:
         seconds, self._settled_s = now_s - self._settled_s, now_s
         total = sum(share.flops for share in shares)
         if not total:
-            self._accounts[NOBODY, "idle"] += seconds
+            self._seconds[NOBODY, "idle"] += seconds
         for share in shares:
             if share.flops:
-                self._accounts[share.tenant, share.phase] += seconds * share.flops / total
+                self._seconds[share.tenant, share.phase] += seconds * share.flops / total
+                self._unmodified_s[share.tenant] += seconds * share.unmodified_flops / total

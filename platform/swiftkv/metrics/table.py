@@ -22,12 +22,14 @@ LABELS = {
     "model": Label("Model, as clients name it; `-` where there is none of that name.", 4),
     "version": Label("Serve application that answered; `-` where none was asked.", 3),
     "status": Label("HTTP status; 499 is a client that left.", 12),
+    "currency": Label("ISO 4217 code of a model's prices.", 4),
     "kind": Label("Of tokens: prompt, cached (among the prompt's), completion.", 3),
     "reason": Label("Why: a refusal's code, or the policy's reason.", 24),
     "application": Label("Serve application of a pair of pools.", 8),
     "pool": Label("prefill, decode, or both.", 3),
     "input": Label("Name of a figure in the policy's log line.", 32),
     "phase": Label("What an engine did: prefill, transfer (nothing but KV on its way), decode, idle.", 4),
+    "work": Label("FLOPs: executed, or what the unmodified model would have executed for the same tokens.", 2),
     "way": Label("Where a prompt was prefilled: remote or local.", 2),
     "doing": Label("What a prefill engine did: computing, waiting (prompts had no KV blocks), exporting.", 3),
     "target": Label("Which was met: ttft, tpot (of streamed answers), or both by a whole answer.", 3),
@@ -35,6 +37,7 @@ LABELS = {
     "part": Label("Part of the loss.", 3),
     "check": Label("What a new version is judged by.", 6),
     "outcome": Label("What became of a new version: switched, rejected; of a usage record: written, lost.", 2),
+    "operation": Label("What was done with a version: publish, pull, fetch (into a node's cache), stream, verify.", 5),
 }
 """By name. Ray adds its own, constant in a process: WorkerId, NodeAddress, SessionName, Version, Component, pid."""
 
@@ -73,6 +76,8 @@ class Metric:
 _LENGTHS_TOKENS = tuple(float(1 << power) for power in range(4, 18))
 _LATENCIES_S = (0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _PER_TOKEN_S = (0.005, 0.01, 0.02, 0.035, 0.05, 0.1, 0.2, 0.5)
+_CHECKPOINTS_S = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+_OPERATIONS_S = (0.1, 0.5, 1, 5, 15, 60, 300, 1800)
 
 _OF_REQUEST = ("tenant", "model", "version")
 
@@ -84,6 +89,36 @@ _DISTILLATION = (
     Metric("swiftkv_distill_gradient_norm", "gauge", "Before clipping.", ("run",), "distill/records.py"),
     Metric("swiftkv_distill_memory_bytes", "gauge", "In use by one worker.", ("run",), "distill/records.py"),
     Metric("swiftkv_distill_remaining_seconds", "gauge", "Until the last step.", ("run",), "distill/records.py"),
+    Metric(
+        "swiftkv_distill_flops_per_second",
+        "gauge",
+        "FLOP/s of all workers, by the FLOP model and the rows that they took.",
+        ("run",),
+        "distill/records.py",
+    ),
+    Metric(
+        "swiftkv_distill_flop_utilisation_frac",
+        "gauge",
+        "Those over what the workers' GPUs reach at most in bfloat16. Not there on CPUs, on GPUs that "
+        "distill/estimate.py does not name, and for other products than bfloat16: their peak is not known.",
+        ("run",),
+        "distill/records.py",
+    ),
+    Metric(
+        "swiftkv_distill_checkpoint_seconds",
+        "histogram",
+        "What training waited for a checkpoint: while the state was copied, and for the end of its writing.",
+        ("run",),
+        "distill/records.py",
+        _CHECKPOINTS_S,
+    ),
+    Metric(
+        "swiftkv_distill_restarts",
+        "gauge",
+        "Times that Ray Train started the run's workers again, after a failure or as another number of them.",
+        ("run",),
+        "distill/records.py",
+    ),
 )
 
 _POLICY = (
@@ -151,6 +186,13 @@ _POOLS = (
     ),
     Metric("swiftkv_hop_failures_total", "counter", "Prompts the prefill pool failed at.", (), "serving/decode.py"),
     Metric(
+        "swiftkv_kv_transfer_bytes_total",
+        "counter",
+        "Bytes of KV that an engine has fetched from others, whole blocks.",
+        (),
+        "serving/engine_log.py",
+    ),
+    Metric(
         "swiftkv_arrived_prompt_tokens",
         "histogram",
         "Prompt tokens of requests when they reach a decode replica, estimated where they are text.",
@@ -163,6 +205,20 @@ _POOLS = (
         "counter",
         "Seconds of a replica's engine by whom they were for; all of a replica's together are its life.",
         ("tenant", "phase"),
+        "serving/costs.py",
+    ),
+    Metric(
+        "swiftkv_unmodified_replica_seconds_total",
+        "counter",
+        "What a tenant's seconds would have been if they grew with the unmodified model's FLOPs: estimated.",
+        ("tenant",),
+        "serving/costs.py",
+    ),
+    Metric(
+        "swiftkv_device_flops_total",
+        "counter",
+        "FLOPs of each of a replica's devices by the spec; unmodified ones over time are normalised throughput.",
+        ("phase", "work"),
         "serving/costs.py",
     ),
     Metric(
@@ -204,6 +260,13 @@ _GATEWAY = (
         "serving/gateway/exchange.py",
     ),
     Metric(
+        "swiftkv_gateway_charges_total",
+        "counter",
+        "What tenants are charged by the models' prices, in the currency's main unit; usage records have it exactly.",
+        (*_OF_REQUEST, "currency"),
+        "serving/gateway/exchange.py",
+    ),
+    Metric(
         "swiftkv_gateway_ttft_seconds",
         "histogram",
         "From a streamed request's arrival to its first chunk.",
@@ -239,6 +302,13 @@ _GATEWAY = (
 
 _QUEUE = (
     Metric(
+        "swiftkv_gateway_target_seconds",
+        "gauge",
+        "What an answer must keep to count as good, where the config says.",
+        ("model", "target"),
+        "serving/gateway/admission_server.py",
+    ),
+    Metric(
         "swiftkv_gateway_queued_requests",
         "gauge",
         "Requests that wait in the gateways' fair queue.",
@@ -272,9 +342,16 @@ _USAGE = (
     Metric(
         "swiftkv_usage_unwritten_tokens",
         "gauge",
-        "Tokens in usage records that the store would not take yet; those of the last five seconds are not in it.",
+        "Tokens of usage records that are not in the store yet.",
         (),
         "serving/usage/writer.py",
+    ),
+    Metric(
+        "swiftkv_usage_lost_tokens_total",
+        "counter",
+        "Tokens of usage records that gateways had not written when they vanished, as they reported last.",
+        (),
+        "serving/gateway/admission_server.py",
     ),
 )
 
@@ -302,7 +379,33 @@ _VERSIONS = (
     ),
 )
 
+_REGISTRY = (
+    Metric(
+        "swiftkv_registry_bytes_total",
+        "counter",
+        "Bytes of parts that went into a store or came out of it; those that are where they belong do not move.",
+        ("operation",),
+        "registry/metering.py",
+    ),
+    Metric(
+        "swiftkv_registry_seconds",
+        "histogram",
+        "Of an operation that succeeded, verifying included; a stream's, until its last tensor was taken.",
+        ("operation",),
+        "registry/metering.py",
+        _OPERATIONS_S,
+    ),
+    Metric(
+        "swiftkv_registry_verification_failures_total",
+        "counter",
+        "Operations that failed because bytes differ from the manifest, or may not be loaded.",
+        ("operation",),
+        "registry/metering.py",
+    ),
+)
+
 METRICS = {
-    metric.name: metric for metric in (*_DISTILLATION, *_POLICY, *_POOLS, *_GATEWAY, *_QUEUE, *_USAGE, *_VERSIONS)
+    metric.name: metric
+    for metric in (*_DISTILLATION, *_POLICY, *_POOLS, *_GATEWAY, *_QUEUE, *_USAGE, *_VERSIONS, *_REGISTRY)
 }
 """By name."""

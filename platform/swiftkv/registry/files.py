@@ -4,7 +4,8 @@ A file is cut into parts, each an object named by its own SHA-256. So a file is 
 equal parts of any two versions are stored once, and a transfer that was broken off goes on where it was: parts that are
 there already, in the store or in the folder, are not sent again. Memory: a few parts, whatever the file's size.
 Decides nothing about versions.
-Called by: registry/publishing.py, registry/cache.py, registry/registry.py. Calls: registry/storage.py.
+Called by: registry/publishing.py, registry/cache.py, registry/registry.py.
+Calls: registry/storage.py, registry/metering.py.
 """
 
 import hashlib
@@ -21,6 +22,7 @@ from typing import Any, TypeVar
 from swiftkv.errors import CheckpointError, IntegrityError, RegistryError
 from swiftkv.registry.layout import blob_path, is_safe_path
 from swiftkv.registry.manifest import FileEntry, Manifest
+from swiftkv.registry.metering import count_bytes
 from swiftkv.registry.storage import Storage
 
 PART_BYTES = 8 * 1024 * 1024
@@ -108,6 +110,7 @@ def _upload_file(
         # What has the name has the bytes: no other object is ever written there. A wrong size is damage, mended here.
         if storage is not None and storage.find_size(blob_path(digest)) != len(part):
             storage.write(blob_path(digest), part)
+            count_bytes("publish", len(part))
         count.add(len(part))
         return digest
 
@@ -227,6 +230,8 @@ def check_blobs(storage: Storage, manifest: Manifest, on_progress: OnProgress | 
             whole = hashlib.sha256()
             reads = (partial(storage.read_buffer, blob_path(part)) for part in entry.parts)
             for index, part in enumerate(run_in_order(pool, reads)):
+                if part is not None:
+                    count_bytes("verify", memoryview(part).nbytes)
                 found = "nothing" if part is None else hashlib.sha256(part).hexdigest()
                 if part is not None and found == entry.parts[index]:
                     whole.update(part)

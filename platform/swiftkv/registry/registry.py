@@ -5,7 +5,8 @@
     models/<name>/aliases/<alias>.json              moved by compare-and-swap, with its history
 
 Called by: cli/models.py, the distill job, serving.
-Calls: checks.py, measured.py, publishing.py, files.py, cache.py, aliases.py, evaluations.py, collecting.py.
+Calls: checks.py, measured.py, publishing.py, files.py, cache.py, aliases.py, evaluations.py, collecting.py,
+metering.py.
 """
 
 import fcntl
@@ -38,6 +39,7 @@ from swiftkv.registry.layout import check_name
 from swiftkv.registry.leases import OnWait, changing
 from swiftkv.registry.manifest import Base, FileEntry, Manifest, Provenance, parse_manifest
 from swiftkv.registry.measured import require_own_gate
+from swiftkv.registry.metering import Operation, count_bytes, metered
 from swiftkv.registry.publishing import Draft, publish_draft, refuse_existing
 from swiftkv.registry.storage import Storage
 from swiftkv.registry.streaming import RawTensor, is_weights, stream_tensors
@@ -82,6 +84,7 @@ class Registry:
         """The store, as it was given."""
         return self._storage.location
 
+    @metered("publish")
     def publish(
         self,
         folder: Path,
@@ -175,6 +178,7 @@ class Registry:
             raise self._describe_missing(name, alias) from None
         return None if changed is None else AliasState(parse_alias(changed[0], name, alias).version, changed[1])
 
+    @metered("verify")
     def verify(self, reference: str, on_progress: OnProgress | None = None) -> Manifest:
         """The manifest of a version, after every byte in the store was compared with it.
 
@@ -184,17 +188,19 @@ class Registry:
         check_blobs(self._storage, manifest, on_progress)
         return manifest
 
+    @metered("fetch")
     def fetch(self, reference: str, on_progress: OnProgress | None = None) -> FetchedVersion:
         """The node's copy of a version, every byte verified on every call; what is missing or damaged is downloaded.
 
         Raises: VersionNotFoundError; IntegrityError as `verify`; CheckpointError if it is not safe to load.
         """
         manifest = self.load_manifest(reference)
-        copy = fetch_into_cache(manifest, self._build_reader(manifest), on_progress)
+        copy = fetch_into_cache(manifest, self._build_reader(manifest, "fetch"), on_progress)
         with _refusing(copy):
             check_checkpoint(copy.path)
         return FetchedVersion(copy.path, manifest.name, manifest.version, manifest, copy)
 
+    @metered("fetch")
     def fetch_without_weights(self, reference: str) -> FetchedVersion:
         """As `fetch`, but for the tensors: configuration and tokenizer, for an engine that streams the rest."""
         manifest = self.load_manifest(reference)
@@ -203,7 +209,8 @@ class Registry:
         )
         # Named after the whole version: engines that are given one path take each other's KV (NIXL's hash has the path,
         # and nothing of the weights).
-        copy = fetch_into_cache(light, self._build_reader(manifest), None, f"{manifest.digest}-light")
+        reader = self._build_reader(manifest, "fetch")
+        copy = fetch_into_cache(light, reader, None, f"{manifest.digest}-light")
         with _refusing(copy):
             check_without_weights(copy.path, [entry.path for entry in manifest.files])
         return FetchedVersion(copy.path, manifest.name, manifest.version, manifest, copy)
@@ -214,8 +221,9 @@ class Registry:
         Raises: VersionNotFoundError; IntegrityError naming file and part if bytes differ from the manifest.
         """
         manifest = self.load_manifest(reference)
-        return stream_tensors(manifest, self._build_reader(manifest), wants)
+        return stream_tensors(manifest, self._build_reader(manifest, "stream"), wants)
 
+    @metered("pull")
     def pull(self, reference: str, folder: Path, on_progress: OnProgress | None = None) -> Manifest:
         """Write a version's files, verified, into a new folder; one that was broken off goes on where it was.
 
@@ -234,7 +242,7 @@ class Registry:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             there = sum(file.stat().st_blocks * 512 for file in partial.rglob("*") if file.is_file())
             require_space(partial, manifest.total_bytes - there)
-            fill_folder(partial, manifest, self._build_reader(manifest), on_progress)
+            fill_folder(partial, manifest, self._build_reader(manifest, "pull"), on_progress)
             with _refusing():
                 check_checkpoint(partial)
             partial.rename(folder)
@@ -303,8 +311,8 @@ class Registry:
             return collecting.plan_collection(self, self._storage, keep)
         return collecting.collect(self, self._storage, keep, on_progress)
 
-    def _build_reader(self, manifest: Manifest) -> ReadPart:
-        """Parts from the store, or of a base that it does not hold, from the base."""
+    def _build_reader(self, manifest: Manifest, operation: Operation) -> ReadPart:
+        """Parts from the store, whose bytes are counted; of a base that the store does not hold, from the base."""
 
         @cache
         def find_base() -> Path:
@@ -313,7 +321,10 @@ class Registry:
 
         def read(entry: FileEntry, index: int) -> object:
             if entry.base_path is None or manifest.is_stored(entry):
-                return self._storage.read_buffer(layout.blob_path(entry.parts[index]))
+                part = self._storage.read_buffer(layout.blob_path(entry.parts[index]))
+                if part is not None:
+                    count_bytes(operation, memoryview(part).nbytes)
+                return part
             return read_at(find_base() / entry.base_path, manifest, entry, index)
 
         return read

@@ -9,6 +9,7 @@ Called by: the other files of registry/. Calls: obstore.
 import fcntl
 import os
 import random
+import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -168,6 +169,22 @@ class Storage:
         for path in staged:
             path.unlink(missing_ok=True)
         return len(staged)
+
+    def check_writable(self, prefix: str) -> None:
+        """Writes an object below `prefix` and removes it again, with the folders that it needed.
+
+        Raises: RegistryError if the store cannot be reached, or refuses.
+        """
+        path = f"{prefix}/check-{secrets.token_hex(8)}"
+        root = self.local_root
+        added = [] if root is None else [folder for folder in (root / path).parents if not os.path.exists(folder)]
+        try:
+            self.write(path, b"")
+            self.remove([path])
+        finally:
+            for folder in added:  # the deepest first
+                with suppress(OSError):
+                    folder.rmdir()
 
     @cached_property
     def _store(self) -> "ObjectStore":

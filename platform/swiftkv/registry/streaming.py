@@ -1,7 +1,7 @@
 """Tensors of a version straight from its store: no file is written, and each part is compared with its hash first.
 
 Only parts that hold a wanted tensor are read, a few ahead. Knows the layout of safetensors files, and no torch.
-Called by: registry/registry.py. Calls: registry/files.py.
+Called by: registry/registry.py. Calls: registry/files.py, registry/metering.py.
 Source: the safetensors format: eight bytes of length, a JSON header, then the tensors' bytes.
 """
 
@@ -16,6 +16,7 @@ from typing import Any
 from swiftkv.errors import IntegrityError
 from swiftkv.registry.files import NUM_WORKERS, ReadPart, describe_part, run_in_order
 from swiftkv.registry.manifest import FileEntry, Manifest
+from swiftkv.registry.metering import metered
 
 INDEX_FILE = "model.safetensors.index.json"
 
@@ -41,15 +42,20 @@ def stream_tensors(manifest: Manifest, read_part: ReadPart, wants: Callable[[str
     Raises: IntegrityError naming file and part if bytes differ from the manifest.
     """
     entries = {entry.path: entry for entry in manifest.files}
-    files = sorted(path for path in entries if is_weights(path))
-    if INDEX_FILE in entries:
-        index = json.loads(_read_range(manifest, entries[INDEX_FILE], read_part, 0, entries[INDEX_FILE].size_bytes))
-        files = sorted(set(index["weight_map"].values()))
+    with metered("stream"):
+        for path in _find_weights(manifest, entries, read_part):
+            yield from _stream_file(manifest, entries[path], read_part, wants)
+
+
+def _find_weights(manifest: Manifest, entries: dict[str, FileEntry], read_part: ReadPart) -> list[str]:
+    if INDEX_FILE not in entries:
+        return sorted(path for path in entries if is_weights(path))
+    index = json.loads(_read_range(manifest, entries[INDEX_FILE], read_part, 0, entries[INDEX_FILE].size_bytes))
+    files = sorted(set(index["weight_map"].values()))
     missing = sorted(set(files) - entries.keys())
     if missing:
         raise IntegrityError(f"{INDEX_FILE}: names {', '.join(missing)}, which the version lacks.")
-    for path in files:
-        yield from _stream_file(manifest, entries[path], read_part, wants)
+    return files
 
 
 def _stream_file(

@@ -1,9 +1,9 @@
 """Refuses a Serve config that cannot work, before any replica starts: what is wrong, and the nearest that works.
 
-Looks at the file, the registry and what a cluster says it has. Settings that disagree within one pool or pair are
-refused by their own classes (config.py). Starts and fetches nothing.
+Looks at the file, the registry, the store of usage records and what a cluster says it has. Settings that disagree
+within one pool or pair are refused by their own classes (config.py). Starts and fetches nothing.
 Called by: cli/serve.py, serving/deploy.py. Calls: source.py, hardware.py, placement.py, policy_check.py,
-gateway/tenants.py.
+gateway/tenants.py, registry/storage.py.
 """
 
 import difflib
@@ -62,7 +62,7 @@ class Pool:
 
 
 def check_config(config: Mapping[str, Any], source: str) -> None:
-    """Looks at a Serve config file's content, its models included.
+    """Looks at a Serve config file's content, its models and its stores of usage records included.
 
     Raises: ConfigError naming `source`, the application, what is wrong and the nearest that works.
     """
@@ -71,6 +71,8 @@ def check_config(config: Mapping[str, Any], source: str) -> None:
     for name, settings in applications.items():
         if isinstance(settings, PoolSettings | PairSettings):
             check_model(settings, f"{source}: application {name}")
+        if isinstance(settings, GatewaySettings) and settings.usage_store is not None:
+            check_usage_store(settings.usage_store, f"{source}: application {name}")
     for entry in config["applications"]:
         pair = applications.get(entry["name"])
         if isinstance(pair, PairSettings):
@@ -125,6 +127,20 @@ def check_model(settings: ModelSettings, place: str) -> None:
         raise ConfigError(f"{place}: model is {settings.model}: {error}{hint}") from error
     for pool in list_pools({place: settings}):
         _check_memory(pool, shape)
+
+
+def check_usage_store(store: str, place: str) -> None:
+    """Raises: ConfigError if this machine cannot write to the store. Nothing of the try stays there."""
+    from swiftkv.registry.storage import Storage  # obstore and pyarrow are needed only here
+    from swiftkv.serving.usage.records import FOLDER
+
+    try:
+        Storage(store).check_writable(FOLDER)
+    except (ConfigError, RegistryError) as error:
+        raise ConfigError(
+            f"{place}: usage_store: {str(error).rstrip('.')}. Give a folder or a bucket's URL that may be written "
+            "to, or leave usage_store out: then no usage is recorded."
+        ) from error
 
 
 def check_placement(applications: Applications, nodes: Sequence[Resources], source: str) -> None:

@@ -1,4 +1,5 @@
-"""Exports whose the seconds of a replica's engine are, from the file that its process writes (engine/scheduler.py).
+"""Exports whose the seconds of a replica's engine are, and its FLOPs, from the file that its process writes
+(engine/scheduler.py).
 
 Called by: serving/engine.py. Calls: metrics.
 """
@@ -23,7 +24,7 @@ class CostReader:
         """Names the file to the engine that this process starts next."""
         self._folder = tempfile.TemporaryDirectory(prefix="swiftkv-ledger-")
         self._path = Path(self._folder.name) / "ledger.json"
-        self._counted: dict[tuple[str, str], float] = {}
+        self._counted: dict[tuple[str, ...], float] = {}
         os.environ[FILE_KEY] = str(self._path)
         threading.Thread(target=self._run, name="costs", daemon=True).start()
 
@@ -33,11 +34,19 @@ class CostReader:
             rows = json.loads(self._path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return
-        for tenant, phase, seconds in rows:
-            grown = seconds - self._counted.get((tenant, phase), 0.0)
-            if grown > 0:
-                self._counted[tenant, phase] = seconds
-                count("swiftkv_replica_seconds_total", grown, tenant=tenant, phase=phase)
+        for tenant, phase, seconds in rows["seconds"]:
+            self._count("swiftkv_replica_seconds_total", seconds, tenant=tenant, phase=phase)
+        for tenant, seconds in rows.get("unmodified_seconds", ()):
+            self._count("swiftkv_unmodified_replica_seconds_total", seconds, tenant=tenant)
+        for phase, work, flops in rows.get("device_flops", ()):
+            self._count("swiftkv_device_flops_total", flops, phase=phase, work=work)
+
+    def _count(self, name: str, value: float, **labels: str) -> None:
+        key = (name, *labels.values())
+        grown = value - self._counted.get(key, 0.0)
+        if grown > 0:
+            self._counted[key] = value
+            count(name, grown, **labels)
 
     def _run(self) -> None:
         is_over = threading.Event()

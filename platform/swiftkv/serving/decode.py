@@ -4,7 +4,8 @@ Ray Serve LLM's decode server passes a failed prefill on to the client; this one
 a prefill pool that is empty, cold or broken makes answers slower and never takes them away. Generates nothing itself:
 both engines are vLLM's, and KV moves between them by NIXL.
 Called by: Ray Serve, as built in serving/pools.py.
-Calls: serving/hop.py, serving/workload.py, serving/engine.py, serving/engine_log.py, Ray Serve LLM's decode server.
+Calls: serving/hop.py, serving/workload.py, serving/engine.py, serving/engine_log.py, serving/tracing.py, Ray
+Serve LLM's decode server.
 """
 
 import asyncio
@@ -23,6 +24,7 @@ from ray.serve.llm.deployment import LLMServer, PDDecodeServer
 
 from swiftkv.engine.side_channel import choose_side_channel
 from swiftkv.metrics import count, observe, record
+from swiftkv.serving import tracing
 from swiftkv.serving.config import HopSettings
 from swiftkv.serving.engine import PoolEngine
 from swiftkv.serving.engine_log import EngineLog
@@ -80,6 +82,7 @@ class DecodeServer(Tokenizing, PDDecodeServer):
         """The answer's chunks. Overrides the one place where Ray's server joins both pools."""
         # Not by its class: Ray has two of each, and the gateway sends the other one than Ray's public name means.
         method = "chat" if hasattr(request, "messages") else "completions"
+        span = tracing.begin_span("decode", getattr(raw_request_info, "headers", None))
         self._see_begun()
         prompt = self._measure_prompt(request)
         started = time.monotonic()
@@ -90,11 +93,14 @@ class DecodeServer(Tokenizing, PDDecodeServer):
         handed_over, decoded = 0.0, request
         try:
             if served.is_remote:
-                handed_over, decoded = await self._prefill_remotely(method, request, raw_request_info, prompt)
+                with span.begin("hop", is_call=True) as hop:
+                    asked = hop.pass_on(raw_request_info)
+                    handed_over, decoded = await self._prefill_remotely(method, request, asked, prompt)
+                    hop.note(taken=bool(handed_over))
                 served.is_remote = bool(handed_over)
                 started = time.monotonic()  # what a failed pool cost is not what prefilling here costs
             count("swiftkv_hop_prompts_total", 1, way="remote" if handed_over else "local")
-            async for chunk in self._decode(method, request, decoded, raw_request_info):
+            async for chunk in self._decode(method, request, decoded, raw_request_info, span):
                 is_first = not served.completion_tokens
                 self._workload.take_chunk(served, _count_tokens(chunk))
                 # A whole answer comes at once, so its first chunk tells nothing about the first token.
@@ -105,19 +111,21 @@ class DecodeServer(Tokenizing, PDDecodeServer):
             if served.completion_tokens:
                 self._seen.add(prompt.text, prompt.salt)
             self._workload.end(served)
+            span.end({"way": "remote" if handed_over else "local", "uncached_tokens": round(prompt.uncached)})
 
     async def _decode(
-        self, method: str, request: Any, decoded: Any, raw_request_info: Any
+        self, method: str, request: Any, decoded: Any, raw_request_info: Any, span: tracing.Span
     ) -> AsyncGenerator[Any, None]:
         """The engine's chunks of `decoded`, or of `request` itself if the KV that it is to take does not come."""
-        chunks = await getattr(LLMServer, method)(self, decoded, raw_request_info)
-        if decoded is not request:
+        has_kv = decoded is not request
+        chunks = await getattr(LLMServer, method)(self, decoded, span.pass_on(raw_request_info, has_kv))
+        if has_kv:
             try:
                 yield await self._take_first(decoded, chunks)
             except TimeoutError:
                 # The engine keeps the blocks for which KV was to come until NIXL has let go of them.
                 self._avoid_prefill_pool("its KV did not come")
-                chunks = await getattr(LLMServer, method)(self, request, raw_request_info)
+                chunks = await getattr(LLMServer, method)(self, request, span.pass_on(raw_request_info))
         async for chunk in chunks:
             yield chunk
 

@@ -1,10 +1,11 @@
 """Ray Serve LLM's vLLM engine, in one process where its environment says so (engine/one_process.py), with its seconds
-exported (serving/costs.py).
+exported (serving/costs.py) and its requests traced (serving/tracing.py).
 
 Ray names vLLM's executor of several processes for every engine on a CPU.
 Called by: serving/server.py, serving/prefill.py, serving/decode.py.
 """
 
+import asyncio
 from typing import Any
 
 from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
@@ -14,6 +15,7 @@ from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
 from vllm.distributed.nixl_utils import NixlWrapper  # noqa: F401
 
 from swiftkv.engine import one_process
+from swiftkv.serving import tracing
 from swiftkv.serving.costs import CostReader
 
 
@@ -24,4 +26,13 @@ class PoolEngine(VLLMEngine):
         self._costs = CostReader()
         if one_process.is_asked_for():
             engine_config.parallel_config.distributed_executor_backend = "uni"
-        return super()._start_async_llm_engine(engine_args, engine_config, placement_group)
+        is_traced = tracing.start()  # before there is an engine, whose process takes over what this sets
+        client = super()._start_async_llm_engine(engine_args, engine_config, placement_group)
+        if is_traced:
+            tracing.trace_engine(client)
+        return client
+
+    async def shutdown(self) -> None:
+        """Ray's hook before a replica ends."""
+        await super().shutdown()
+        await asyncio.to_thread(tracing.stop)

@@ -1,8 +1,8 @@
-"""What an engine says of itself after every step: whether it computed, and how full its KV cache is.
+"""What an engine says of itself after every step: whether it computed, how full its KV cache is, and what it fetched.
 
 vLLM makes one `EngineLog` per engine, in the process that serves it, through the entry point in pyproject.toml; a
 replica has one engine. Knows no request.
-Called by: vLLM. Read by: serving/decode.py, serving/prefill.py.
+Called by: vLLM. Read by: serving/decode.py, serving/prefill.py. Calls: metrics.
 """
 
 import time
@@ -14,6 +14,7 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, SchedulerStats
 
 from swiftkv.errors import EngineError
+from swiftkv.metrics import count
 from swiftkv.serving.policy.stats import Doing
 
 
@@ -52,6 +53,9 @@ class EngineLog(StatLoggerBase):
         if scheduler_stats is None:
             return
         self.kv_usage_frac = scheduler_stats.kv_cache_usage
+        # vLLM exports these as a histogram, whose sum Ray's agents tell by the middles of its buckets.
+        if fetched_bytes := sum((scheduler_stats.kv_connector_stats or {}).get("bytes_transferred", ())):
+            count("swiftkv_kv_transfer_bytes_total", fetched_bytes)
         now_s = time.monotonic()
         seconds, self._began_s = now_s - self._began_s, now_s
         if self.listener is not None and (doing := _tell_doing(scheduler_stats, iteration_stats)):

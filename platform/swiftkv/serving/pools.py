@@ -16,6 +16,7 @@ from ray.serve.llm import LLMConfig, build_llm_deployment
 from swiftkv.config import home
 from swiftkv.engine import one_process, scheduler_names
 from swiftkv.engine.settings import EngineSettings
+from swiftkv.metrics import is_metering
 from swiftkv.serving.config import PairedPool, PairSettings, PoolSettings
 from swiftkv.serving.decode import DecodeServer
 from swiftkv.serving.hardware import CPU, build_bundles, count_kv_tokens
@@ -122,8 +123,9 @@ def _build_llm_config(
             "bundles": build_bundles(pool.hardware, pool.num_cpus, engine.tensor_parallel_size),
             "strategy": "STRICT_PACK",
         },
+        log_engine_metrics=is_metering(),
         engine_kwargs=engine.build_engine_arguments()
-        | {"scheduler_cls": scheduler_names.CLASS if is_cpu else scheduler_names.ASYNC_CLASS}
+        | _build_metering_arguments(is_cpu, engine)
         | _build_frontend_arguments(settings)
         | (one_process.build_arguments() if _count_threads(engine, pool.hardware, max_replicas) else {}),
         runtime_env={"env_vars": build_environment(engine, pool.hardware, max_replicas)},
@@ -137,6 +139,12 @@ def _build_llm_config(
         # Ray holds tokens back for 50 ms to send them together; that is latency, and hides inter-token times.
         experimental_configs={"stream_batching_interval_ms": 0},
     )
+
+
+def _build_metering_arguments(is_cpu: bool, engine: EngineSettings) -> dict[str, Any]:
+    if is_metering():
+        return {"scheduler_cls": scheduler_names.CLASS if is_cpu else scheduler_names.ASYNC_CLASS}
+    return {"disable_log_stats": engine.kv_transfer == "none"}  # a pair's policy and hop need them all the same
 
 
 def _build_frontend_arguments(settings: PoolSettings | PairSettings) -> dict[str, Any]:

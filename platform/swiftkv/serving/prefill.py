@@ -1,7 +1,7 @@
 """The prefill replica: Ray Serve LLM's own, counted for the policy; it ends when its KV was fetched or given up.
 
 Called by: Ray Serve, as built in serving/pools.py.
-Calls: serving/engine.py, serving/engine_log.py, serving/workload.py.
+Calls: serving/engine.py, serving/engine_log.py, serving/workload.py, serving/tracing.py.
 """
 
 import asyncio
@@ -15,6 +15,7 @@ from ray.serve.llm.deployment import PDPrefillServer
 
 from swiftkv.engine.side_channel import choose_side_channel
 from swiftkv.metrics import count
+from swiftkv.serving import tracing
 from swiftkv.serving.engine import PoolEngine
 from swiftkv.serving.engine_log import EngineLog
 from swiftkv.serving.policy.stats import Doing
@@ -38,11 +39,17 @@ class PrefillServer(PDPrefillServer):
         self._workload.spend(doing, seconds)
         count("swiftkv_prefill_seconds_total", seconds, doing=doing)
 
-    async def _run_request(self, request: Any, **others: Any) -> AsyncGenerator[Any, None]:
-        """Ray's one way to the engine, counted."""
-        return self._count(request, await super()._run_request(request, **others))
+    async def _run_request(
+        self, request: Any, *, raw_request_info: Any = None, **others: Any
+    ) -> AsyncGenerator[Any, None]:
+        """Ray's one way to the engine, counted and traced."""
+        span = tracing.begin_span("prefill", getattr(raw_request_info, "headers", None))
+        answers = await super()._run_request(request, raw_request_info=span.pass_on(raw_request_info), **others)
+        return self._count(request, answers, span)
 
-    async def _count(self, request: Any, answers: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None]:
+    async def _count(
+        self, request: Any, answers: AsyncGenerator[Any, None], span: tracing.Span
+    ) -> AsyncGenerator[Any, None]:
         estimated, computed, held = self._lengths.estimate(request), 0.0, 0.0
         self._workload.begin(estimated)
         try:
@@ -53,6 +60,7 @@ class PrefillServer(PDPrefillServer):
                 yield answer
         finally:
             self._workload.end(estimated, computed, held)
+            span.end({"prompt_tokens": held, "computed_tokens": computed})
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Serve's hook: what the policy is to know of this replica."""

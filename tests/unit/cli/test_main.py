@@ -26,7 +26,8 @@ main.main()
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_supervisor_or_a_closed_terminal_ends_a_command_as_ctrl_c_does(number):
-    command = [sys.executable, "-c", f"import signal; signal.signal(2, signal.default_int_handler){CODE}", "wait"]
+    as_in_a_terminal = "import signal; signal.signal(2, signal.default_int_handler); signal.signal(1, signal.SIG_DFL)"
+    command = [sys.executable, "-c", f"{as_in_a_terminal}{CODE}", "wait"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "waiting\n"
     process.send_signal(number)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from flops import count_flops
 
 from swiftkv.bench.distill import build_random_student
 from swiftkv.bench.memory import PeakMemory
@@ -86,22 +86,6 @@ class RealStep:
         return memory.peak_bytes
 
 
-def _count_attention(
-    query: Any, key: Any, value: Any, dropout: float = 0.0, causal: bool = False, *_: Any, **__: Any
-) -> int:
-    return int(sdpa_flop_count(query, key, value)) // (2 if causal else 1)
-
-
-def _count_attention_backward(
-    upstream: Any, query: Any, key: Any, value: Any, _: Any, __: Any, dropout: float, causal: bool, **___: Any
-) -> int:
-    return int(sdpa_backward_flop_count(upstream, query, key, value)) // (2 if causal else 1)
-
-
-ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _count_attention,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _count_attention_backward,
-}
 EVERY_WAY = [
     pytest.param(frac, packed, checkpointed, id=f"{'all' if frac == 1 else 'answers'}-{packed=}-{checkpointed=}")
     for frac in (1.0, ANSWER_FRAC)
@@ -113,7 +97,7 @@ EVERY_WAY = [
 @pytest.mark.parametrize(("answer_frac", "packed", "checkpointed"), EVERY_WAY)
 def test_flops_are_those_that_torch_counts(answer_frac: float, packed: bool, checkpointed: bool) -> None:
     real = RealStep(torch.float32, answer_frac, packed, checkpointed)
-    with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
+    with count_flops() as counter:
         real.run()
     estimate = estimate_tiny(torch.float32, answer_frac, packed, checkpointed)
     assert estimate.flops_per_step == pytest.approx(counter.get_total_flops(), rel=0.01)

@@ -105,7 +105,7 @@ def test_rows_of_a_step_do_not_depend_on_the_number_of_workers_and_an_epoch_has_
 
 
 def test_a_line_of_progress_is_read_back_behind_rays_prefix() -> None:
-    progress = Progress(5, 20, 1.25, 1.0, 0.25, 2e-4, 0.75, 1234.0, 1.5, 61.0)
+    progress = Progress(5, 20, 1.25, 1.0, 0.25, 2e-4, 0.75, 1234.0, 5.5e12, 1.5, 61.0)
     assert parse_progress(f"(TrainWorker pid=1, ip=127.0.0.1) {progress.format_line()}") == progress
     assert parse_progress("distill something else") is None
 

@@ -8,12 +8,16 @@ import torch
 from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 
+from swiftkv.distill import records
 from swiftkv.distill.folder import (
     CURVE_FILE,
+    STARTS_FILE,
     begin_run,
     check_resumed,
     check_run_folder,
+    count_restarts,
     keep_rows,
+    note_start,
     read_run_id,
     request_stop,
 )
@@ -22,6 +26,9 @@ from swiftkv.distill.progress import parse_progress
 from swiftkv.distill.recipe import Recipe
 from swiftkv.distill.records import RunRecorder, draw_curve, read_curve
 from swiftkv.errors import ConfigError, DataError
+
+FLOPS = 3e9
+"""Of a first step; the second has twice as many, and so on."""
 
 
 @pytest.fixture
@@ -37,7 +44,8 @@ def recipe(tmp_path: Path) -> Recipe:
 
 def take(recorder: RunRecorder, *steps: int) -> None:
     for step in steps:
-        recorder.record(Figures(step, 1.0 / step, 0.5 / step, 0.5 / step, 1e-3 * step, 0.1, 400, asked_to_stop=False))
+        losses = 1.0 / step, 0.5 / step, 0.5 / step
+        recorder.record(Figures(step, *losses, 1e-3 * step, 0.1, 400, FLOPS * step, asked_to_stop=False))
     recorder.close()
 
 
@@ -113,3 +121,34 @@ def test_a_run_has_an_id_of_its_own_and_keeps_its_rows(tmp_path: Path) -> None:
     keep_rows(tmp_path / "one", "rows-a")
     with pytest.raises(DataError, match="have changed since this run began"):
         keep_rows(tmp_path / "one", "rows-b")
+
+
+@pytest.mark.parametrize("peak", [None, 1e12])
+def test_flops_utilisation_and_restarts_are_metrics_of_each_line_of_progress(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, peak: float | None
+) -> None:
+    recorded: list[dict[str, float]] = []
+
+    def record(name: str, value: float, run: str, part: str = "") -> None:
+        assert run == tmp_path.name
+        if name == "swiftkv_distill_step":
+            recorded.append({})
+        recorded[-1][name] = value
+
+    monkeypatch.setattr(records, "record", record)
+    take(RunRecorder(recipe, tmp_path, torch.zeros(0, 5), num_restarts=2, peak_flops_per_s=peak), 1, 2, 3, 4)
+    assert [values["swiftkv_distill_step"] for values in recorded] == [2, 4]
+    for values, mean_step in zip(recorded, (1.5, 3.5), strict=True):
+        steps_per_s = values["swiftkv_distill_tokens_per_second"] / (4 * 100)
+        flops_per_s = values["swiftkv_distill_flops_per_second"]
+        assert flops_per_s == pytest.approx(FLOPS * mean_step * steps_per_s)
+        utilisation = values.get("swiftkv_distill_flop_utilisation_frac")
+        assert utilisation == (None if peak is None else pytest.approx(flops_per_s / peak))
+        assert values["swiftkv_distill_restarts"] == 2
+
+
+def test_restarts_are_counted_over_the_jobs_of_a_run(tmp_path: Path) -> None:
+    assert [note_start(tmp_path, job) for job in "aaab"] == [0, 1, 2, 2]
+    with (tmp_path / STARTS_FILE).open("a") as starts:
+        starts.write("b 2026")  # its disk was full
+    assert note_start(tmp_path, "c") == count_restarts(tmp_path) == 3

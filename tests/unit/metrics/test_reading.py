@@ -103,6 +103,19 @@ def test_the_view_has_models_pools_and_tenants(looks):
     assert "gateway" not in text, "a gateway is no pool"
 
 
+def test_without_a_gateway_there_are_pools_only_and_without_pools_nothing(looks):
+    def show(kept):
+        console = Console(width=140, record=True, file=io.StringIO())
+        views = (Look(seen.at_s, {k: v for k, v in seen.samples.items() if kept in k}) for seen in looks)
+        console.print(module.render(*views))
+        return console.export_text()
+
+    assert "pools" in show("") and "tenants" in show("")
+    pools = show("ray_serve")
+    assert "pools" in pools and "models" not in pools and "tenants" not in pools
+    assert show("nothing").strip() == "nothing is served"
+
+
 def test_top_once_prints_one_view(discovery, monkeypatch):
     monkeypatch.setattr(module, "INTERVAL_S", 0.01)
     result = CliRunner().invoke(app, ["top", "--once", "--discovery", str(discovery[0])])

@@ -31,6 +31,12 @@ def teacher_script() -> ModuleType:
     return load_script("teacher")
 
 
+@pytest.fixture
+def run_script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(SCRIPTS))  # it imports scripts beside it
+    return load_script("run")
+
+
 @pytest.fixture(scope="session")
 def corpus_folder(corpus_script: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A corpus of NUM_MODULES modules. Tests read it and write nothing there."""

@@ -171,7 +171,7 @@ def test_gc_clears_what_killed_publishers_left(store, make_checkpoint, monkeypat
     with pytest.raises(RegistryError, match=r"publishes, moves an alias or removes at this moment"):
         registry.collect(keep=5)
     monkeypatch.setattr(leases, "LEASE_S", 2.0)
-    time.sleep(2.5)
+    time.sleep(4)  # S3 tells whole seconds, and a busy server may take the killed one's last renewal late
     assert registry.collect(keep=5).num_blobs > 0
     assert registry._storage.list_files("blobs").keys() == kept
     assert registry._storage.list_files("leases").keys() == set()

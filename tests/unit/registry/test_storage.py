@@ -65,3 +65,29 @@ def test_store_that_cannot_be_written_says_so(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(RegistryError, match=r"file/below: cannot (create|open)"):
         Storage(tmp_path / "file" / "below").create("a", b"1")
+
+
+@pytest.mark.parametrize("location", ["new/folder", "there", "memory:///"])
+def test_trying_to_write_leaves_nothing(location, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").mkdir()
+    storage = Storage(location)
+    storage.check_writable("usage")
+    assert storage.list_files("") == {}
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["there"]
+
+
+def test_trying_to_write_where_it_cannot_be_says_so_and_leaves_nothing(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(RegistryError, match=r"file/below: cannot write usage/check-"):
+        Storage(tmp_path / "file" / "below").check_writable("usage")
+    assert [path.name for path in tmp_path.rglob("*")] == ["file"]
+
+
+def test_a_bucket_is_tried_by_writing_to_it(store):
+    storage = Storage(store)
+    storage.check_writable("usage")
+    assert storage.list_files("") == {}
+    if store.startswith("s3://"):
+        with pytest.raises(RegistryError, match="s3://absent: cannot write usage/check-"):
+            Storage("s3://absent").check_writable("usage")

@@ -111,3 +111,12 @@ def test_haproxy_keeps_its_files_in_the_cluster_s_folder(tmp_path):
     paths = [value for value in environment.values() if value.startswith("/")]
     assert len(paths) == 6
     assert all(path.startswith(str(tmp_path)) for path in paths)
+
+
+def test_an_engine_is_metered_unless_the_whole_cluster_is_not(monkeypatch):
+    metered = build_config()
+    assert metered.log_engine_metrics and metered.engine_kwargs["scheduler_cls"].endswith("MeteredScheduler")
+    monkeypatch.setenv("SWIFTKV_METERING", "off")
+    bare = build_config()
+    assert not bare.log_engine_metrics and bare.engine_kwargs["disable_log_stats"]
+    assert "scheduler_cls" not in bare.engine_kwargs

@@ -126,6 +126,18 @@ REFUSED = {
         {"applications.1.args.tenants_file": "absent.yaml"},
         "absent.yaml: no such file",
     ),
+    "usage in a relative folder": (
+        {"applications.1.args.usage_store": "usage"},
+        "usage_store: it is a relative folder.*give an absolute path",
+    ),
+    "usage where no folder can be": (
+        {"applications.1.args.usage_store": f"{__file__}/usage"},
+        "usage_store: .*cannot write usage/check-.*may be written to, or leave usage_store out",
+    ),
+    "usage in a store of no kind": (
+        {"applications.1.args.usage_store": "ftp://host/usage"},
+        "usage_store: Store 'ftp://host/usage': unknown scheme 'ftp'",
+    ),
     "a port that is none": ({"http_options.port": 70000}, "http_options.port is 70000; give a number from 1 to 65535"),
 }
 
@@ -137,6 +149,20 @@ def test_what_cannot_work_is_refused_with_the_nearest_that_does(config, changes,
     with pytest.raises(ConfigError, match=said) as caught:
         check_config(config, SOURCE)
     assert str(caught.value).startswith(SOURCE)
+
+
+def test_a_store_of_usage_that_can_be_written_is_taken_and_left_as_it_was(config, tmp_path):
+    check_config(change(config, "applications.1.args.usage_store", str(tmp_path / "usage")), SOURCE)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_store_of_usage_that_does_not_answer_is_refused(config, monkeypatch):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION"):
+        monkeypatch.setenv(name, "x")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    monkeypatch.setattr("swiftkv.registry.storage._RETRIES", {"max_retries": 0})
+    with pytest.raises(ConfigError, match="application gateway: usage_store: s3://usage: cannot write"):
+        check_config(change(config, "applications.1.args.usage_store", "s3://usage"), SOURCE)
 
 
 def test_a_gpu_s_name_is_one_of_ray_s(config):

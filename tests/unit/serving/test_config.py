@@ -1,5 +1,6 @@
 """Settings of pools: what is refused, what an endpoint's address is, and what a Serve config file may say."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,12 @@ def test_config_file_is_what_serve_and_the_builder_accept(path):
     ServeDeploySchema.model_validate(config)
     assert config["http_options"]["host"] == "127.0.0.1"
     check_applications(config["applications"], path.name)
+
+
+@pytest.mark.parametrize("path", CONFIG_FILES, ids=lambda path: path.name)
+def test_what_a_config_file_shows_in_comments_is_accepted_too(path):
+    text = re.sub(r"^( *)# (prices|usage_store): ", r"\1\2: ", path.read_text(), flags=re.MULTILINE)
+    check_applications(yaml.safe_load(text)["applications"], path.name)
 
 
 @pytest.mark.parametrize(

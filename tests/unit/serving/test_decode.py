@@ -6,15 +6,18 @@ import time
 from types import SimpleNamespace
 
 import pytest
+from opentelemetry.trace import format_span_id
+from ray.llm._internal.serve.core.protocol import RawRequestInfo
 from ray.llm._internal.serve.engines.vllm.kv_transfer.base import DefaultConnectorBackend
-from ray.serve.llm.deployment import LLMServer
+from ray.serve.llm.deployment import LLMServer, PDPrefillServer
 from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest
 
 from swiftkv.serving.config import HopSettings
 from swiftkv.serving.decode import DecodeServer
 from swiftkv.serving.hop import TOGETHER, Beginnings, HopCosts, SeenPrefixes
+from swiftkv.serving.prefill import PrefillServer
 from swiftkv.serving.prompts import TokenLengths, count_cached, read_prompt, tell_cached
-from swiftkv.serving.workload import DecodeWorkload
+from swiftkv.serving.workload import DecodeWorkload, PrefillWorkload
 
 KV = {"remote_engine_id": "e", "remote_block_ids": [1]}
 
@@ -23,7 +26,7 @@ class PrefillPool:
     """A handle whose calls do what `behaviour` says."""
 
     def __init__(self, behaviour) -> None:
-        self.behaviour, self.asked, self.cancelled, self.beginnings = behaviour, [], 0, []
+        self.behaviour, self.asked, self.infos, self.cancelled, self.beginnings = behaviour, [], [], 0, []
 
     def options(self, session_id):
         self.beginnings.append(session_id)
@@ -33,8 +36,9 @@ class PrefillPool:
     def completions(self):
         return SimpleNamespace(remote=self.remote)
 
-    def remote(self, request, _raw):
+    def remote(self, request, info):
         self.asked.append(request)
+        self.infos.append(info)
         pool, answers = self, self.behaviour()
 
         class Answers:
@@ -98,8 +102,8 @@ def build_request(**changes):
     return CompletionRequest(**{"model": "m", "prompt": "x" * 1600, "max_tokens": 5, "stream": True, **changes})
 
 
-async def run(server, request):
-    return [chunk async for chunk in server._pd_handle_request(request)]
+async def run(server, request, info=None):
+    return [chunk async for chunk in server._pd_handle_request(request, info)]
 
 
 def test_kv_of_the_prefill_pool_reaches_the_engine(decoded):
@@ -316,3 +320,67 @@ def test_what_a_prefill_replica_computed_does_not_count_as_cached():
     whole = SimpleNamespace(usage=SimpleNamespace(prompt_tokens_details=SimpleNamespace(cached_tokens=384)))
     assert count_cached(tell_cached(whole, 0)) == 0
     assert tell_cached("data: [DONE]\n\n", 0) == "data: [DONE]\n\n"
+
+
+@pytest.mark.parametrize(("behaviour", "way"), [(answer_with_kv, "remote"), (fail, "local")])
+def test_the_trace_goes_on_in_the_pool_and_in_the_engine(monkeypatch, trace, behaviour, way):
+    """The engine's part says that it waits for KV only where it does."""
+    infos = []
+
+    async def completions(_self, _request, info):
+        infos.append(info)
+
+        async def chunks():
+            yield "one"
+
+        return chunks()
+
+    monkeypatch.setattr(LLMServer, "completions", completions)
+    server = build_server(behaviour)
+    asyncio.run(run(server, build_request(), RawRequestInfo({"x-request-id": "r", **trace.headers})))
+    decode, hop = trace.spans["decode"], trace.spans["hop"]
+    assert format_span_id(decode.parent.span_id) == trace.client.span_id
+    assert hop.parent.span_id == decode.context.span_id
+    assert hop.attributes["swiftkv.taken"] is (way == "remote") and decode.attributes["swiftkv.way"] == way
+    for info, span in ((server._prefill_handle.infos[0], hop), (infos[0], decode)):
+        span_id = format_span_id(span.context.span_id)
+        assert info.headers["traceparent"] == f"00-{trace.client.trace_id}-{span_id}-01"
+        assert info.headers["x-request-id"] == "r"
+    assert [info.headers.get("tracestate") for info in infos] == ["swiftkv=kv" if way == "remote" else None]
+
+
+def test_a_client_that_leaves_during_the_hop_leaves_whole_spans(decoded, trace):
+    server = build_server(be_silent, timeout_s=60.0)
+
+    async def leave():
+        task = asyncio.create_task(run(server, build_request(), RawRequestInfo(trace.headers)))
+        await asyncio.sleep(0.05)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(leave())
+    assert set(trace.spans) == {"decode", "hop"}
+
+
+def test_the_prefill_replica_s_part_is_the_engine_s_parent(monkeypatch, trace):
+    infos = []
+
+    async def run_request(_self, _request, *, raw_request_info, **_others):
+        infos.append(raw_request_info)
+        return answer_with_kv()
+
+    monkeypatch.setattr(PDPrefillServer, "_run_request", run_request)
+    server = PrefillServer.__new__(PrefillServer)
+    server._lengths, server._workload = TokenLengths(), PrefillWorkload(30)
+
+    async def prefill():
+        answers = await server._run_request(build_request(), raw_request_info=RawRequestInfo(trace.headers))
+        return [answer async for answer in answers]
+
+    assert len(asyncio.run(prefill())) == 1
+    span = trace.spans["prefill"]
+    assert format_span_id(span.parent.span_id) == trace.client.span_id
+    span_id = format_span_id(span.context.span_id)
+    assert infos[0].headers == {"traceparent": f"00-{trace.client.trace_id}-{span_id}-01"}
+    assert dict(span.attributes) == {"swiftkv.prompt_tokens": 400, "swiftkv.computed_tokens": 400}

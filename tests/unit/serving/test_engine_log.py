@@ -47,6 +47,14 @@ def test_what_the_time_since_the_last_step_went_to(log, after, step, doing):
     assert EngineLog.find() is log
 
 
+def test_bytes_that_were_fetched_are_counted_step_by_step(log, monkeypatch):
+    counted = []
+    monkeypatch.setattr(module, "count", lambda name, amount: counted.append((name, amount)))
+    for stats in (None, {"bytes_transferred": []}, {"bytes_transferred": [3, 4]}, {"of another connector": 1}):
+        log.record(SchedulerStats(kv_connector_stats=stats), None)
+    assert counted == [("swiftkv_kv_transfer_bytes_total", 7)]
+
+
 def test_without_the_entry_point_a_replica_says_what_is_missing(monkeypatch):
     monkeypatch.setattr(EngineLog, "_of_process", None)
     with pytest.raises(EngineError, match="make setup"):

@@ -70,15 +70,17 @@ class ServeBench:
             results.append(self.measure_throughput())
         if "ttft-added" in names:
             results.append(self.measure_ttft())
+        if "metering" in names:
+            results.append(self.measure_metering())
         if "flood" in names:
             results.append(self.measure_flood())
         if "tenants" in names:
             results.append(self.measure_tenants())
         if "growth" in names:
             results.append(self.measure_growth())
-        if shapes_names := [name for name in SHAPES_ROW_NAMES if name in names]:
+        if any(name in names for name in SHAPES_ROW_NAMES):  # one load gives all of them
             of_shapes, self.figures["shapes"] = shapes.measure_shapes(self.on_stage)
-            results += [result for result in of_shapes if result.row.name in shapes_names]
+            results += of_shapes
         if "policy" in names:
             took_ms = 1e3 * time_decision(1000)
             results.append(
@@ -131,6 +133,22 @@ class ServeBench:
             url = platform.deploy([build_version("pool", pool), build_gateway(["version"], capacity)])
             sides = [overhead.seeded(measure, base_url) for base_url in (bare_url, url)]
             return list(take_turns(sides, self.plan.pairs, self.on_stage, name))
+
+    def measure_metering(self) -> Result:
+        """The platform twice, both up: one meters nothing, the other everything, and is scraped."""
+        plan, model = self.plan, self._write_model(self.plan.shape)
+        pool = {"model": str(model), "engine": plan.settings.model_dump(exclude_defaults=True)}
+        capacity = {"max_in_flight_sequences": plan.settings.max_num_seqs, "max_in_flight_prompt_tokens": 1 << 20}
+        version, usage = build_version("pool", pool), str(self.folder / "usage")
+        with run_platform(self.on_stage, is_metered=False) as bare, run_platform(self.on_stage) as metered:
+            bare_url = bare.deploy([version, build_gateway(["version"], capacity)])
+            url = metered.deploy([version, build_gateway(["version"], capacity, usage_store=usage)])
+            sides = [overhead.seeded(overhead.measure_throughput, base_url) for base_url in (bare_url, url)]
+            without, with_all = take_turns([sides[0], metered.scraped(sides[1])], plan.pairs, self.on_stage, "metering")
+            self.figures["metering_tokens_counted"] = [
+                side.wait_for_counter("swiftkv_gateway_tokens_total", kind="completion") for side in (bare, metered)
+            ]
+        return _compare("metering", with_all, without, "tokens/s")
 
     def measure_flood(self) -> Result:
         """The best way to cut long prompts first; then one engine with it and two pools, both up, in turns."""

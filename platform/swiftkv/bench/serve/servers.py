@@ -9,9 +9,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,14 @@ from swiftkv.cluster import Cluster, choose_ports, start_cluster, stop_cluster
 from swiftkv.engine import one_process
 from swiftkv.engine.settings import EngineSettings
 from swiftkv.errors import EngineError
+from swiftkv.metrics import METERING_KEY
 from swiftkv.serving.checks import check_applications
 from swiftkv.serving.deploy import Progress, deploy_config
 
 MODEL_ID = "bench"
 _START_TIMEOUT_S = 600.0
 _EXPORT_S = 6.0
+_SCRAPE_S = 10.0
 
 
 class Platform:
@@ -47,8 +50,7 @@ class Platform:
     def read_counter(self, name: str, **labels: str) -> float:
         """What Ray's agent exports of one of our counters (or of vLLM's), summed over all that have these labels."""
         wanted = [f'{key}="{value}"' for key, value in labels.items()]
-        with urllib.request.urlopen(f"http://127.0.0.1:{self._find_metrics_port()}/metrics", timeout=10) as response:
-            lines = response.read().decode().splitlines()
+        lines = self._fetch_metrics().decode().splitlines()
         found = [line for line in lines if line.startswith(f"ray_{name}{{") and all(text in line for text in wanted)]
         return sum(float(line.rpartition(" ")[2]) for line in found)
 
@@ -60,6 +62,21 @@ class Platform:
             before, value = value, self.read_counter(name, **labels)
         return value
 
+    def scraped(self, measure: Callable[[], float]) -> Callable[[], float]:
+        """The measure, while the metrics are fetched as often as Prometheus does by the shipped configuration."""
+
+        def run() -> float:
+            is_over = threading.Event()
+            thread = threading.Thread(target=self._fetch_until, args=(is_over,), name="scraper")
+            thread.start()
+            try:
+                return measure()
+            finally:
+                is_over.set()
+                thread.join()
+
+        return run
+
     def count_replicas(self, application: str, prefix: str) -> int:
         """How many replicas of the deployment whose name begins so take requests now."""
         client = ServeSubmissionClient(self.cluster.dashboard_url, headers=self.cluster.headers())
@@ -67,29 +84,48 @@ class Platform:
         (deployment,) = (value for name, value in deployments.items() if name.startswith(prefix))
         return sum(replica["state"] == "RUNNING" for replica in deployment["replicas"])
 
+    def _fetch_until(self, is_over: threading.Event) -> None:
+        while True:
+            self._fetch_metrics()
+            if is_over.wait(_SCRAPE_S):
+                return
+
+    def _fetch_metrics(self) -> bytes:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self._find_metrics_port()}/metrics", timeout=10) as response:
+            return bytes(response.read())
+
     def _find_metrics_port(self) -> str:
         words = psutil.Process(self.cluster.pid).cmdline()
         return words[words.index("--metrics-export-port") + 1]
 
 
 @contextmanager
-def run_platform(on_progress: Progress) -> Iterator[Platform]:
+def run_platform(on_progress: Progress, is_metered: bool = True) -> Iterator[Platform]:
     """A cluster without applications, in a folder of its own, ended with everything on it."""
     with tempfile.TemporaryDirectory(prefix="swk-") as home:
-        before = os.environ.get("SWIFTKV_HOME")
-        os.environ["SWIFTKV_HOME"] = home
-        try:
+        with _set_environment({"SWIFTKV_HOME": home} | ({} if is_metered else {METERING_KEY: "off"})):
             cluster = start_cluster()
+        with _set_environment({"SWIFTKV_HOME": home}):
             try:
                 (port,) = choose_ports(1)
                 options = {"proxy_location": "HeadOnly", "http_options": {"host": "127.0.0.1", "port": port}}
                 yield Platform(cluster, options, on_progress)
             finally:
                 stop_cluster(cluster)
-        finally:
-            os.environ.pop("SWIFTKV_HOME")
-            if before is not None:
-                os.environ["SWIFTKV_HOME"] = before
+
+
+@contextmanager
+def _set_environment(values: dict[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name)
+            else:
+                os.environ[name] = value
 
 
 def build_version(kind: str, settings: dict[str, Any], name: str = "version") -> dict[str, Any]:

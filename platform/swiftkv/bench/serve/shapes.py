@@ -97,7 +97,8 @@ def measure_group(names: list[str], settings: PolicySettings, say: OnStage) -> d
     shapes = {
         name: judge_shape(plan, settings, name, sizes[name], outcomes[name], began_s + plan.until_s) for name in names
     }
-    return {"plan": plan.model_dump(mode="json"), "lateness": lateness, "shapes": shapes, "decisions": decisions}
+    changes = list_changes(decisions)
+    return {"plan": plan.model_dump(mode="json"), "lateness": lateness, "shapes": shapes, "changes": changes}
 
 
 def deploy_stand_ins(cluster: Cluster, plan: LoadPlan, settings: PolicySettings) -> None:
@@ -179,6 +180,20 @@ def read_decisions(cluster: Cluster) -> list[dict[str, Any]]:
             if is_ours:
                 found.append(json.loads(is_ours + rest))
     return found
+
+
+def list_changes(decisions: Sequence[dict[str, Any]]) -> list[str]:
+    """Of each application's decisions those that asked for other sizes than the one before, and why, a line each."""
+    wanted: dict[str, str] = {}
+    lines = []
+    for decision in decisions:
+        name = decision["application"]
+        sizes = "+".join(str(decision[f"{pool}_replicas"]) for pool in POOLS)
+        if sizes != wanted.get(name):
+            reasons = (f"{reason['pool'] or 'both'} {reason['code']}" for reason in decision["reasons"])
+            lines.append(f"{name}: {wanted.get(name, 'at first')} to {sizes}: {', '.join(reasons) or 'as before'}")
+        wanted[name] = sizes
+    return lines
 
 
 def judge_shape(

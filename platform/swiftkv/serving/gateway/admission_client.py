@@ -7,6 +7,7 @@ Called by: gateway/routes.py. Calls: gateway/admission.py.
 
 import asyncio
 import logging
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from typing import Protocol
@@ -36,11 +37,20 @@ class SharedAdmission(Protocol):
 class AdmissionClient:
     """Asks for places and says what became of them."""
 
-    def __init__(self, gateway: str, local: Admission, shared: SharedAdmission, lease_s: float) -> None:
+    def __init__(
+        self,
+        gateway: str,
+        local: Admission,
+        shared: SharedAdmission,
+        lease_s: float,
+        count_unwritten_tokens: Callable[[], int] = lambda: 0,
+    ) -> None:
+        """`count_unwritten_tokens`: of usage records, for each report."""
         self._gateway = gateway
         self._local = local
         self._shared = shared
         self._heartbeat_s = lease_s / HEARTBEATS_PER_LEASE
+        self._count_unwritten_tokens = count_unwritten_tokens
         self._is_away = False
         self._asking: set[asyncio.Task[Decision]] = set()
         self._held: dict[str, Held] = {}
@@ -92,11 +102,12 @@ class AdmissionClient:
         self._news.set()
 
     async def close(self) -> None:
-        """Ends the reports; what is still held runs out with its lease."""
+        """Ends the reports with a last one; what is still held runs out with its lease."""
         if self._reporter is not None:
             self._reporter.cancel()
             with suppress(asyncio.CancelledError):
                 await self._reporter
+            await self._send(self._take_news(with_held=False))
 
     async def _ask_shared(self, ticket: Ticket) -> Decision | None:
         """None if the shared admission went away."""
@@ -136,7 +147,14 @@ class AdmissionClient:
     def _take_news(self, with_held: bool) -> Report:
         self._news.clear()
         held = tuple(self._held.values()) if with_held else None
-        report = Report(self._gateway, tuple(self._started), tuple(self._finished), tuple(self._outcomes), held)
+        report = Report(
+            self._gateway,
+            tuple(self._started),
+            tuple(self._finished),
+            tuple(self._outcomes),
+            held,
+            self._count_unwritten_tokens(),
+        )
         self._started.clear()
         self._finished.clear()
         self._outcomes.clear()

@@ -2,7 +2,7 @@
 
 Configures only. Model versions are Serve applications of their own, called by their handles.
 Called by: Ray Serve, through the import path `swiftkv.serving.gateway.app:build_gateway_app` of a config file.
-Calls: gateway/routes.py, gateway/admission_server.py.
+Calls: gateway/routes.py, gateway/admission_server.py, serving/tracing.py.
 """
 
 import asyncio
@@ -12,6 +12,7 @@ from typing import Any
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from swiftkv.serving import tracing
 from swiftkv.serving.gateway.admission_server import AdmissionServer, HandleAdmission
 from swiftkv.serving.gateway.settings import GatewaySettings
 
@@ -73,6 +74,7 @@ class GatewayServer:
         from swiftkv.serving.gateway.upstream import Upstream, is_asleep
 
         log_to_stderr()
+        tracing.start()
         upstream = Upstream(serve.get_app_handle, is_asleep)
         self._gateway = Gateway(GatewaySettings.model_validate(settings), upstream, HandleAdmission(admission))
 
@@ -89,4 +91,5 @@ class GatewayServer:
     async def __del__(self) -> None:
         """Serve's hook before it ends a replica."""
         if (gateway := getattr(self, "_gateway", None)) is not None:
-            await asyncio.to_thread(gateway.close)
+            await gateway.close()
+        await asyncio.to_thread(tracing.stop)

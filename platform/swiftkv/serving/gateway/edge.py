@@ -1,7 +1,8 @@
-"""The outermost layer: every request gets an id, an answer in OpenAI's format, a log line, and is counted.
+"""The outermost layer: every request gets an id, an answer in OpenAI's format, a log line and a span, and is counted.
 
 Plain ASGI, so that chunks pass untouched. Decides nothing about a request.
-Called by: Starlette, for every request of the gateway. Calls: gateway/exchange.py, serving/ingress.py.
+Called by: Starlette, for every request of the gateway. Calls: gateway/exchange.py, serving/ingress.py,
+serving/tracing.py.
 """
 
 import asyncio
@@ -14,6 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from swiftkv.serving import tracing
 from swiftkv.serving.gateway.exchange import CLIENT_LEFT, Exchange, choose_request_id
 from swiftkv.serving.gateway.refusals import Refusal, refuse
 from swiftkv.serving.ingress import describe_error
@@ -39,8 +41,12 @@ class Edge:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = choose_request_id(Headers(scope=scope).get("x-request-id"))
+        headers = Headers(scope=scope)
+        request_id = choose_request_id(headers.get("x-request-id"))
         exchange = Exchange(request_id, route=f"{scope['method']} {scope['path'][:100]}")
+        is_noted = scope["path"] not in UNLOGGED
+        if is_noted:
+            exchange.span = tracing.begin_span("gateway", headers)
         scope.setdefault("state", {})["exchange"] = exchange
         has_started = False
 
@@ -69,7 +75,7 @@ class Edge:
             if not has_started:
                 await build_answer(exchange, describe(error))(scope, receive, send_with_id)
         finally:
-            if scope["path"] not in UNLOGGED:
+            if is_noted:
                 exchange.end()
                 self._on_end(exchange)
 

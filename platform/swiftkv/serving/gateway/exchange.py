@@ -1,7 +1,8 @@
-"""What is known of one HTTP request while it runs, and the line and the counters that remain of it.
+"""What is known of one HTTP request while it runs, and the line, the counters and the span that remain of it.
 
 Never holds text of a prompt or an answer.
-Called by: gateway/edge.py, gateway/generation.py. Calls: metrics, gateway/settings.py, serving/usage.
+Called by: gateway/edge.py, gateway/generation.py. Calls: metrics, gateway/settings.py, serving/usage,
+serving/tracing.py.
 """
 
 import json
@@ -13,9 +14,12 @@ import sys
 import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from decimal import Decimal
+from typing import Any
 
 from swiftkv import metrics
-from swiftkv.serving.gateway.settings import Targets
+from swiftkv.serving.gateway.settings import Prices, Targets
+from swiftkv.serving.tracing import NOTHING, Span
 from swiftkv.serving.usage.records import UsageRecord
 
 NOBODY = "-"
@@ -38,7 +42,7 @@ class Usage:
 
     @property
     def total(self) -> int:
-        """What the tenant is charged."""
+        """What counts against the tenant's quota."""
         return self.prompt + self.completion
 
 
@@ -59,13 +63,18 @@ class Exchange:
     reason: str | None = None
     usage: Usage = field(default_factory=Usage)
     targets: Targets = field(default_factory=Targets)
+    prices: Prices | None = None
     queue_s: float | None = None
     ttft_s: float | None = None
     """Of an answer that is streamed."""
     ended_s: float | None = None
     """Since the request came, when the answer was whole."""
+    charge: Decimal | None = None
+    """In the currency of the prices, once the request has ended. None: its model has no prices."""
     headers: dict[str, str] = field(default_factory=dict)
     """For the answer, whichever it becomes."""
+    span: Span = NOTHING
+    """All of it, from when it came to its last byte."""
 
     def elapsed_s(self) -> float:
         """Since the request came."""
@@ -94,8 +103,12 @@ class Exchange:
         return [*met, "both"] if is_good else met
 
     def end(self) -> None:
-        """Writes the line and counts."""
-        logger.info("%s", self.format_line())
+        """Charges, writes the line, counts, and ends the span."""
+        if self.prices is not None:
+            self.charge = compute_charge(self.usage, self.prices)
+        facts = self.list_facts()
+        logger.info("%s", json.dumps(facts))
+        self.span.end(facts, is_failed=self.status >= 500 or (self.status < 400 and self.reason is not None))
         named = {"tenant": self.tenant, "model": self.model}
         labels = {**named, "version": self.application or NOBODY}
         metrics.count("swiftkv_gateway_requests_total", 1, status=str(self.status), **labels)
@@ -106,6 +119,9 @@ class Exchange:
         for kind in ("prompt", "cached", "completion"):
             if tokens := getattr(self.usage, kind):
                 metrics.count("swiftkv_gateway_tokens_total", tokens, kind=kind, **labels)
+        if self.charge and self.prices:
+            charged = float(self.charge)
+            metrics.count("swiftkv_gateway_charges_total", charged, currency=self.prices.currency, **labels)
         times = {
             "swiftkv_gateway_ttft_seconds": self.ttft_s,
             "swiftkv_gateway_tpot_seconds": self.tpot_s,
@@ -136,11 +152,13 @@ class Exchange:
             ttft_s=self.ttft_s,
             tpot_s=self.tpot_s,
             total_s=self.elapsed_s(),
+            charge=self.charge,
+            currency=self.prices.currency if self.prices else None,
         )
 
-    def format_line(self) -> str:
-        """The request as one line of JSON."""
-        line = {
+    def list_facts(self) -> dict[str, Any]:
+        """What the line and the span say."""
+        return {
             "request_id": self.request_id,
             "route": self.route,
             "tenant": self.tenant,
@@ -156,7 +174,16 @@ class Exchange:
             "tpot_s": _round(self.tpot_s),
             "total_s": _round(self.elapsed_s()),
         }
-        return json.dumps(line)
+
+
+def compute_charge(usage: Usage, prices: Prices) -> Decimal:
+    """What the tokens cost, exactly.
+
+    Units: the prices' currency, up to twelve decimal places: prices have six, and are for a million tokens.
+    """
+    cached = prices.prompt if prices.cached is None else prices.cached
+    per_million = (usage.prompt - usage.cached) * prices.prompt + usage.cached * cached
+    return (per_million + usage.completion * prices.completion).scaleb(-6)
 
 
 def choose_request_id(given: str | None) -> str:

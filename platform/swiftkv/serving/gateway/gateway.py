@@ -32,11 +32,11 @@ class Gateway:
         self.settings = settings
         self.tenants = TenantDirectory(settings.tenants_file)
         self.upstream = upstream
-        self._local = Admission(settings, share=1 / settings.num_replicas)
         self.name = secrets.token_hex(8)
-        self.admission = AdmissionClient(self.name, self._local, shared, settings.lease_s)
-        self.comparer = Comparer(upstream, self.admission.note)
         self._usage = UsageWriter(settings.usage_store, self.name) if settings.usage_store else None
+        self._local = Admission(settings, share=1 / settings.num_replicas)
+        self.admission = AdmissionClient(self.name, self._local, shared, settings.lease_s, self._count_unwritten_tokens)
+        self.comparer = Comparer(upstream, self.admission.note)
         self._began = int(time.time())
         self._looking = asyncio.Lock()
         self._looked_s = -READY_FOR_S
@@ -58,10 +58,11 @@ class Gateway:
         if self._usage is not None and exchange.tenant != NOBODY:
             self._usage.add(exchange.build_usage())
 
-    def close(self) -> None:
-        """Writes what is still to be written."""
+    async def close(self) -> None:
+        """Writes what is still to be written, and tells admission so: nothing is lost with this process."""
         if self._usage is not None:
-            self._usage.close()
+            await asyncio.to_thread(self._usage.close)
+        await self.admission.close()
 
     def choose_model(self, given: Any, tenant: Tenant) -> str:
         """The model that a request means.
@@ -105,6 +106,9 @@ class Gateway:
                 self._was_ready = any(await asyncio.gather(*looks))
                 self._looked_s = time.monotonic()
         return self._was_ready
+
+    def _count_unwritten_tokens(self) -> int:
+        return 0 if self._usage is None else self._usage.unwritten_tokens
 
     def _find_usable(self, tenant: Tenant) -> list[str]:
         return [model for model in self.settings.models if tenant.may_use(model)]

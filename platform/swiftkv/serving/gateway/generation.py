@@ -107,7 +107,8 @@ class Generation:
         values = parse_json(body)
         model = self._gateway.choose_model(values.get("model"), tenant)
         self._exchange.model = values["model"] = model
-        self._exchange.targets = self._gateway.settings.models[model].targets
+        of_model = self._gateway.settings.models[model]
+        self._exchange.targets, self._exchange.prices = of_model.targets, of_model.prices
         if self._kind is TOKENIZE and "messages" in values:
             self._kind = TOKENIZE_CHAT
         request = parse_request(self._kind, values)
@@ -130,7 +131,8 @@ class Generation:
 
     async def _take_place(self, ticket: Ticket) -> None:
         asked_s = self._exchange.elapsed_s()
-        decision = await self._gateway.admission.acquire(ticket)
+        with self._exchange.span.begin("queue"):
+            decision = await self._gateway.admission.acquire(ticket)
         self._exchange.queue_s = self._exchange.elapsed_s() - asked_s
         retry = {name: decision.headers[name] for name in decision.headers if name == "Retry-After"}
         self._exchange.headers = {k: v for k, v in decision.headers.items() if k not in retry}
@@ -157,6 +159,7 @@ class Generation:
 
     async def _call(self, request: Any, deadline: asyncio.Timeout) -> Answer:
         passed_on = {"x-request-id": self._id, TIMEOUT_HEADER: f"{_left_s(deadline):.3f}"}
+        passed_on |= self._exchange.span.list_headers()
         model = self._gateway.settings.models[self._exchange.model]
         return await self._gateway.upstream.call(
             model, self._exchange.request_id, self._kind.method, request, passed_on, self._note_attempt
@@ -203,7 +206,7 @@ class Generation:
         return refusal
 
     def _count_usage(self, ticket: Ticket) -> int:
-        """Tokens that the tenant is charged: the engine's count, or an estimate where an answer was cut."""
+        """Tokens that count against the tenant's quota: the engine's count, or an estimate where an answer was cut."""
         exchange = self._exchange
         if not exchange.usage.total and self._stream is not None:
             exchange.usage = Usage(prompt=ticket.prompt_tokens, completion=self._stream.num_chunks)

@@ -4,13 +4,18 @@ Imports neither ray nor vllm. Holds no tenant and no key: the tenants' file does
 Called by: gateway/app.py (as the typed arguments of a Serve config file), gateway/routes.py, gateway/admission.py.
 """
 
+from decimal import Decimal
+from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from swiftkv.config import StrictModel
 
 ModelId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$")]
+
+Price = Annotated[Decimal, Field(ge=0, max_digits=15, decimal_places=6)]
+"""Of a million tokens, in the currency's main unit (dollars, not cents)."""
 
 
 class Route(StrictModel):
@@ -62,6 +67,22 @@ class Targets(StrictModel):
     """Seconds per completion token after the first, on the answer's average. None: any."""
 
 
+class Prices(StrictModel):
+    """What a model's tokens cost its tenants."""
+
+    currency: str = Field(pattern=r"^[A-Z]{3}$")
+    """ISO 4217 code, such as USD. Charges in two currencies are never added together."""
+
+    prompt: Price
+    """Per million prompt tokens that were not cached."""
+
+    cached: Price | None = None
+    """Per million prompt tokens that were found in a cache, instead of `prompt`. None: as `prompt`."""
+
+    completion: Price
+    """Per million completion tokens."""
+
+
 class ModelSettings(StrictModel):
     """One model that clients can name."""
 
@@ -77,6 +98,9 @@ class ModelSettings(StrictModel):
 
     targets: Targets = Targets()
     """Of each request: goodput counts whole answers within them."""
+
+    prices: Prices | None = None
+    """By which each request is charged, as they were when it came. None: nothing is charged."""
 
     @model_validator(mode="after")
     def _check_routes(self) -> "ModelSettings":
@@ -126,8 +150,9 @@ class GatewaySettings(StrictModel):
     changes. None: no keys, everyone is the tenant `anonymous`; for loopback only."""
 
     usage_store: str | None = None
-    """A folder or a bucket's URL to which each request's tenant, model and tokens are written every five seconds, for
-    `swiftkv usage`. Read at the start. None: nothing is written."""
+    """A folder's absolute path or a bucket's URL, to which each request's tenant, model, tokens and charge are written
+    every five seconds, for `swiftkv usage`; every node that runs a gateway must reach it. Read at the start. None:
+    nothing is written."""
 
     limits: Limits = Limits()
     """Bounds of every request."""
@@ -144,6 +169,15 @@ class GatewaySettings(StrictModel):
 
     lease_s: float = Field(default=5, gt=0, allow_inf_nan=False)
     """Seconds without a sign of life after which a gateway's places are given to others."""
+
+    @field_validator("usage_store")
+    @classmethod
+    def _check_usage_store(cls, given: str | None) -> str | None:
+        if given is not None and "://" not in given and not Path(given).expanduser().is_absolute():
+            raise ValueError(
+                "it is a relative folder, another one for each process; give an absolute path or a bucket's URL"
+            )
+        return given
 
     @model_validator(mode="after")
     def _check_deadlines(self) -> "GatewaySettings":

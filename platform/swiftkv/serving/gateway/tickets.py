@@ -80,3 +80,5 @@ class Report:
     outcomes: tuple[Outcome | Compared, ...] = ()
     held: tuple[Held, ...] | None = None
     """All that it works on; None between two heartbeats. What admission does not know (it was restarted) it adopts."""
+    unwritten_tokens: int = 0
+    """Of usage records that are not in the store yet: they would be lost with it."""

@@ -1,4 +1,4 @@
-"""What remains of a request for the bill: who asked, which version answered, how many tokens, how it ended. No text.
+"""What remains of a request for the bill: who asked, which version answered, tokens, charge, how it ended. No text.
 
 Called by: gateway/gateway.py, usage/writer.py, usage/summing.py. Calls: pyarrow.
 """
@@ -7,6 +7,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from decimal import Decimal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -40,6 +41,15 @@ class UsageRecord:
     ttft_s: float | None
     tpot_s: float | None
     total_s: float
+    charge: Decimal | None
+    """None: the model has no prices."""
+    currency: str | None
+    """ISO 4217 code of the charge."""
+
+    @property
+    def tokens(self) -> int:
+        """Prompt and completion."""
+        return self.prompt_tokens + self.completion_tokens
 
 
 SCHEMA = pa.schema(
@@ -60,9 +70,15 @@ SCHEMA = pa.schema(
         ("ttft_s", pa.float64()),
         ("tpot_s", pa.float64()),
         ("total_s", pa.float64()),
+        # Not a float: a bill is exactly the sum of its requests, and prices have up to 12 places for one token.
+        ("charge", pa.decimal128(38, 12)),
+        ("currency", pa.string()),
     ]
 )
 """Of every file."""
+
+_LATER = ("charge", "currency")
+"""Columns that files of older gateways lack."""
 
 
 def encode(records: Sequence[UsageRecord]) -> bytes:
@@ -74,8 +90,15 @@ def encode(records: Sequence[UsageRecord]) -> bytes:
 
 
 def decode(content: bytes) -> pa.Table:
-    """The records of a Parquet file. Raises: pyarrow.ArrowException if it is none of ours."""
-    return pq.read_table(io.BytesIO(content)).cast(SCHEMA)
+    """The records of a Parquet file; columns that it lacks because it is older are null.
+
+    Raises: pyarrow.ArrowException, OSError or ValueError if it is none of ours.
+    """
+    table = pq.read_table(io.BytesIO(content))
+    for name in _LATER:
+        if name not in table.column_names:
+            table = table.append_column(name, pa.nulls(len(table), SCHEMA.field(name).type))
+    return table.cast(SCHEMA)
 
 
 def name_folder(at: datetime) -> str:

@@ -6,6 +6,7 @@ Called by: cli/usage.py. Calls: usage/records.py, registry/storage.py.
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -61,8 +62,10 @@ def list_hours(since: datetime, until: datetime) -> set[str]:
     return found
 
 
-def sum_usage(records: pa.Table, by: Sequence[str]) -> list[dict[str, object]]:
-    """Requests and tokens by these columns, one row for each combination, sorted by them.
+def sum_usage(records: pa.Table, by: Sequence[str]) -> list[dict[str, Any]]:
+    """Requests, tokens and charges by these columns, one row for each combination, sorted by them.
+
+    A row's `charges` are exact sums by currency: two currencies are never added together.
 
     Raises: ConfigError for a column that there is not.
     """
@@ -71,14 +74,18 @@ def sum_usage(records: pa.Table, by: Sequence[str]) -> list[dict[str, object]]:
     for column, form in (("day", "%Y-%m-%d"), ("hour", "%Y-%m-%d %H:00")):
         if column in by:
             records = records.append_column(column, pc.strftime(records["ended_at"], form))
-    grouped = records.group_by(list(by)).aggregate([("id", "count"), *((column, "sum") for column in SUMMED)])
-    rows = [
-        {column: row[column] for column in by}
-        | {"requests": row["id_count"]}
-        | {column: row[f"{column}_sum"] or 0 for column in SUMMED}
-        for row in grouped.to_pylist()
-    ]
-    return sorted(rows, key=lambda row: [str(row[column]) for column in by])
+    sums = [("id", "count"), *((column, "sum") for column in (*SUMMED, "charge"))]
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for part in records.group_by([*by, "currency"]).aggregate(sums).to_pylist():
+        named = {column: part[column] for column in by}
+        empty = {**named, "requests": 0, **dict.fromkeys(SUMMED, 0), "charges": {}}
+        row = rows.setdefault(tuple(named.values()), empty)
+        row["requests"] += part["id_count"]
+        for column in SUMMED:
+            row[column] += part[f"{column}_sum"] or 0
+        if part["currency"] is not None:
+            row["charges"][part["currency"]] = part["charge_sum"]
+    return sorted(rows.values(), key=lambda row: [str(row[column]) for column in by])
 
 
 def _read(storage: Storage, path: str) -> pa.Table:
@@ -87,7 +94,7 @@ def _read(storage: Storage, path: str) -> pa.Table:
         return SCHEMA.empty_table()  # somebody has just removed it
     try:
         return decode(content)
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise RegistryError(f"{storage.location}/{path} holds no usage records: {error}") from error
 
 

@@ -1,8 +1,9 @@
 """Writes usage records in batches to the store, from a thread of its own: no request waits for it.
 
 At least once: a batch has its name before it is written, and is written until the store has it, so that one that came
-through unheard is written over by itself. A killed process loses what it has not written yet, at most the last
-`FLUSH_S`, and what a store that was away had not taken. Sums nothing.
+through unheard is written over by itself. A killed process loses what it has not written yet: the records of the last
+`FLUSH_S`, and what a store that was away had not taken. How many tokens that are is known at every moment, and told to
+the admission, which outlives the process. Sums nothing.
 Called by: gateway/gateway.py. Calls: usage/records.py, registry/storage.py, metrics.
 """
 
@@ -36,12 +37,19 @@ class UsageWriter:
         self._new: list[UsageRecord] = []
         self._batches: deque[tuple[str, list[UsageRecord]]] = deque()
         self._num_batches = 0
+        self._unwritten_tokens = 0
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="usage", daemon=True)
         self._thread.start()
 
+    @property
+    def unwritten_tokens(self) -> int:
+        """Of all records that are not in the store yet."""
+        return self._unwritten_tokens
+
     def add(self, usage: UsageRecord) -> None:
         """Takes a record; it is in the store some seconds later."""
+        self._note(usage.tokens)
         with self._lock:
             self._new.append(usage)
 
@@ -66,7 +74,8 @@ class UsageWriter:
                 break
             self._batches.popleft()
             count("swiftkv_usage_records_total", len(batch), outcome="written")
-        self._tell()
+            self._note(-sum(usage.tokens for usage in batch))
+        self._note(0)  # the gauge is there from the start
 
     def _cut(self) -> None:
         """Puts new records into batches, each with its name."""
@@ -81,8 +90,10 @@ class UsageWriter:
             _, lost = self._batches.popleft()
             logger.error("%d usage records are lost: the store has not answered for too long", len(lost))
             count("swiftkv_usage_records_total", len(lost), outcome="lost")
+            self._note(-sum(usage.tokens for usage in lost))
 
-    def _tell(self) -> None:
-        kept = [usage for _, batch in self._batches for usage in batch]
-        tokens = sum(usage.prompt_tokens + usage.completion_tokens for usage in kept)
-        record("swiftkv_usage_unwritten_tokens", tokens)
+    def _note(self, tokens: int) -> None:
+        """So many more are not in the store, or fewer."""
+        with self._lock:
+            self._unwritten_tokens += tokens
+            record("swiftkv_usage_unwritten_tokens", self._unwritten_tokens)

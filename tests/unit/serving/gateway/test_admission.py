@@ -1,11 +1,14 @@
 """Quotas, queues and leases together, for two gateways; and what a gateway does while the shared admission is away."""
 
 import asyncio
+from types import SimpleNamespace
 
 import pytest
 
+from swiftkv.serving.gateway import admission_server
 from swiftkv.serving.gateway.admission import LOST, Admission
 from swiftkv.serving.gateway.admission_client import AdmissionClient
+from swiftkv.serving.gateway.admission_server import AdmissionServer
 from swiftkv.serving.gateway.settings import GatewaySettings
 from swiftkv.serving.gateway.tickets import Decision, Finished, Held, Report
 
@@ -73,6 +76,28 @@ def test_named_places_are_kept_and_forgotten_ones_lapse(simulate, make_ticket):
         assert in_flight(admission) == 0
 
     simulate(run())
+
+
+def test_unwritten_usage_of_a_gateway_that_vanished_is_counted_once(simulate, monkeypatch):
+    clock, lost = SimpleNamespace(now_s=0.0, monotonic=lambda: clock.now_s), []
+    monkeypatch.setattr(admission_server, "time", clock)
+    monkeypatch.setattr(admission_server, "count", lambda *counted: lost.append(counted))
+
+    async def run():
+        server = AdmissionServer()
+        server.reconfigure(make_settings(lease_s=5).model_dump(mode="json"))
+        await server.report(Report("dead", unwritten_tokens=900))
+        await server.report(Report("dead", unwritten_tokens=70))
+        await server.report(Report("ended in order", unwritten_tokens=0))
+        for second in range(100):
+            clock.now_s = second
+            await server.report(Report("alive", unwritten_tokens=5))
+            if second % 25 == 0:
+                await server.report(Report("stopped for a while", unwritten_tokens=5))
+            assert not lost or second > 30
+
+    simulate(run())
+    assert lost == [("swiftkv_usage_lost_tokens_total", 70)]
 
 
 def test_restarted_admission_learns_what_is_in_flight(simulate, make_ticket):
