@@ -1,10 +1,11 @@
 # Everything a newcomer or CI runs. `make` alone lists it.
-# PYTHON=<a Python 3.11 or 3.12>, TEACHER=<a Hugging Face folder>, MODEL=<a published name> and
+# PYTHON=<a Python 3.11 or 3.12>, TEACHER=<a Hugging Face folder>, MODEL=<a published name>, DEVICE=<cpu or cuda> and
 # ARGS=<options for pytest> are taken from the command line.
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart serve test soak check format dashboards manifests references docs docs-serve lock audit release clean
+.PHONY: help setup quickstart serve test soak check format dashboards manifests references docs docs-serve \
+	lock audit release images env up down logs clean
 
 BIN := .venv/bin
 INSTALL_DOCS := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --require-hashes \
@@ -72,6 +73,22 @@ audit:  ## Look for known vulnerabilities in what the locks name (asks the netwo
 
 release: setup  ## Build the package and try it in an empty environment (TAG=1 tags it and fills dist/)
 	@$(BIN)/python scripts/release.py $(if $(TAG),--tag)
+
+images:  ## Build the train and serve images for DEVICE (cpu unless named); without docker as root, with Debian's buildah
+	@if command -v docker >/dev/null; then docker/build.sh $(or $(DEVICE),cpu); \
+	else docker/build_without_docker.sh $(or $(DEVICE),cpu); fi
+
+env:  ## Write what is missing of docker/.env, of the stack's secrets and of its first API key
+	@$(call run_python,docker/prepare.py)
+
+up:  ## Check docker/.env, start the stack (Docker Compose) and wait until the endpoint answers
+	@docker/up.sh
+
+down:  ## Stop the stack; models and series stay (VOLUMES=1 removes them)
+	@docker compose --file docker/compose.yaml down $(if $(VOLUMES),--volumes)
+
+logs:  ## Follow what the stack's containers say (SERVICE=name: one of them)
+	@docker compose --file docker/compose.yaml logs --follow --tail 100 $(SERVICE)
 
 clean:  ## Stop what was started here and remove everything that was made here
 	@if [ -x $(BIN)/swiftkv ]; then $(BIN)/swiftkv down; fi

@@ -14,7 +14,7 @@ import venv
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-LOCKS = ("requirements/cpu.txt", "requirements/docs.txt")
+LOCKS = sorted((REPOSITORY / "requirements").glob("*.txt"))
 AUDITOR = "pip-audit==2.10.1"
 
 IGNORED: dict[str, str] = {}
@@ -25,7 +25,7 @@ def build_commands(python: str, torch: Path) -> list[list[str]]:
     """pip-audit for the hashed locks, and for torch, which no lock holds. `torch`: a file that names its version."""
     ignored = [word for finding in IGNORED for word in ("--ignore-vuln", finding)]
     audit = [python, "-m", "pip_audit", "--disable-pip", "--progress-spinner=off", *ignored]
-    hashed = [[*audit, "--require-hashes", "--requirement", str(REPOSITORY / lock)] for lock in LOCKS]
+    hashed = [[*audit, "--require-hashes", "--requirement", str(lock)] for lock in LOCKS]
     return [*hashed, [*audit, "--no-deps", "--requirement", str(torch)]]
 
 

@@ -3,11 +3,12 @@
 # own release, with just the packages that the README names, as a user who is not root.
 # Root only. Everything is mounted in a mount and process namespace of its own, so that nothing stays mounted or
 # running when it ends, however it ends. SWIFTKV_CHROOT_PARENT (default /var/tmp) needs 6 GB.
-# Called by: .ci/run. Calls: debootstrap, scripts/pip_settings.py, make setup, scripts/smoke_engine.py.
+# Called by: .ci/run. Calls: debootstrap, scripts/{debian_mirror.sh,pip_settings.py,smoke_engine.py}, make setup.
 set -euo pipefail
 
 packages=git,make,python3,python3-venv,libnuma1
 tree="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+. "$tree/scripts/debian_mirror.sh"
 
 # --- outside: make the folder, enter the namespaces, remove the folder ---
 
@@ -34,24 +35,6 @@ unmount_all() {
         < <(awk -v root="$root/" 'index($2, root) == 1 {print $2}' /proc/mounts | sort -r)
 }
 trap unmount_all EXIT
-
-# This machine's release, mirror and components, from apt's own list of what it fetches.
-find_mirror() {
-    local targets
-    codename="$(. /etc/os-release && echo "$VERSION_CODENAME")"
-    targets="$(apt-get indextargets --format '$(CODENAME) $(REPO_URI) $(COMPONENT)' 'Created-By: Packages')"
-    mirror="$(awk -v codename="$codename" '$1 == codename {print $2; exit}' <<<"$targets")"
-    components="$(awk -v codename="$codename" -v mirror="$mirror" '$1 == codename && $2 == mirror {print $3}' \
-        <<<"$targets" | sort -u | paste -sd,)"
-    case "$mirror" in
-        # A list of mirrors in a file, as on some hosted machines: the first will do.
-        mirror+file:*) mirror="$(awk '/^http/ {print $1; exit}' "${mirror#mirror+file:}")" ;;
-    esac
-    [ -n "$mirror" ] || { echo "chroot: apt names no mirror for $codename" >&2; exit 1; }
-    eval "$(apt-config shell http_proxy Acquire::http::Proxy https_proxy Acquire::https::Proxy)"
-    if [ -n "${http_proxy:-}" ]; then export http_proxy; fi
-    if [ -n "${https_proxy:-}" ]; then export https_proxy; fi
-}
 
 make_system() {
     # Nothing here outlives a power cut, so dpkg need not wait for the disk after each file.

@@ -1,9 +1,13 @@
 """Resolves pyproject.toml's extras into requirements/*.txt, with hashes. Run by `make lock`.
 
-cpu.txt is what everything runs on; docs.txt is what builds the documentation beside it, in the same versions where both
-name a package. Installs nothing into .venv and downloads no package but uv, into a temporary folder. Versions already
-in a lock are kept while they still fit; `make lock UPGRADE=1` takes the newest.
-Called by: the Makefile. Calls: pip (to fetch uv and read its index), uv.
+    cpu.txt            everything: what `make setup` installs, in parts that images take
+    cuda.txt           the images for GPUs: the CUDA builds of PyTorch and vLLM
+    image-tools.txt    what builds and describes images, and is not in them
+    docs.txt           what `make docs` adds to an environment of cpu.txt, in its versions where both name a package
+
+Installs nothing into .venv and downloads no package but uv, into a temporary folder. Versions already in the
+locks are kept while they still fit; `make lock UPGRADE=1` takes the newest.
+Called by: the Makefile. Calls: pip (to fetch uv and read its index), uv, lock_parts.py.
 """
 
 import os
@@ -13,16 +17,19 @@ import sys
 import tempfile
 import tomllib
 import venv
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
+from lock_parts import join_parts, leave_out, list_names
 from pip_settings import read_pip_settings
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-LOCKS = REPOSITORY / "requirements"
+FOLDER = REPOSITORY / "requirements"
 UV = "uv==0.13.8"
 
 # What a CPU environment must not hold: scripts/setup.py installs torch alone, from a CPU build.
-LEFT_OUT = [
+LEFT_OUT_ON_CPU = [
     # Ordinary builds are CUDA builds and break `import torchvision`, and with it transformers, on a CPU torch.
     "torchvision",
     "torchaudio",
@@ -42,6 +49,8 @@ LEFT_OUT = [
     "nvidia-nccl-cu13",
     "nvidia-nvshmem-cu13",
 ]
+# This torch is built for CUDA 13, and nixl would take the backend for CUDA 12 if it were there.
+LEFT_OUT_ON_CUDA = ["nixl-cu12"]
 
 # Every line would carry these conditions; setup.py checks them once instead.
 ASSUMED = [
@@ -53,13 +62,22 @@ ASSUMED = [
 
 HEADER = """\
 # Made by `make lock` from pyproject.toml for Linux x86_64 and CPython 3.11 and 3.12: do not edit.
-# Without torch, which scripts/setup.py installs first, and without what scripts/lock.py leaves out.
 """
+WITHOUT_TORCH = "# Without torch, which scripts/setup.py installs first, and without what scripts/lock.py leaves out.\n"
 
-DOCS_HEADER = """\
-# Made by `make lock` from pyproject.toml for Linux x86_64 and CPython 3.11 and 3.12: do not edit.
-# What `make docs` adds to an environment of cpu.txt, in the versions of cpu.txt where it has the package too.
-"""
+
+class Lock(NamedTuple):
+    """One file of requirements/."""
+
+    name: str
+    parts: dict[str, list[str]]
+    """Of the file, in its order: the extras that the part and those before it are the answer to."""
+    left_out: list[str]
+    has_torch: bool
+
+
+CPU = Lock("cpu", {"train": [], "serve": ["cpu"], "develop": ["cpu", "dev", "evaluate"]}, LEFT_OUT_ON_CPU, False)
+CUDA = Lock("cuda", {"train": [], "serve": ["gpu"]}, LEFT_OUT_ON_CUDA, True)
 
 
 def build_environment(pip_settings: dict[str, str]) -> dict[str, str]:
@@ -76,13 +94,13 @@ def build_environment(pip_settings: dict[str, str]) -> dict[str, str]:
     return environment
 
 
-def build_uv_project(pyproject: str) -> str:
+def build_uv_project(pyproject: str, left_out: Sequence[str]) -> str:
     """The project's own pyproject.toml with uv's choices added."""
     torch = find_torch_pin(pyproject)
     settings = {
         "environments": [" and ".join(ASSUMED)],
         "override-dependencies": [torch],
-        "exclude-dependencies": LEFT_OUT,
+        "exclude-dependencies": list(left_out),
     }
     # A list of plain strings is written the same way in Python and in TOML.
     return pyproject + "\n[tool.uv]\n" + "".join(f"{key} = {value}\n" for key, value in settings.items())
@@ -103,52 +121,77 @@ def strip_assumed_markers(line: str) -> str:
     return match[1] + (" ; " + " and ".join(kept) if kept else "") + (match[3] or "")
 
 
-def find_docs_requirements(pyproject: str) -> list[str]:
-    """What the extra `docs` names."""
-    return [str(requirement) for requirement in tomllib.loads(pyproject)["project"]["optional-dependencies"]["docs"]]
+class Resolver:
+    """uv, in a folder of its own."""
 
+    def __init__(self, folder: Path, upgrade: bool) -> None:
+        venv.create(folder / "venv", with_pip=True)
+        self._python = folder / "venv" / "bin" / "python"
+        subprocess.run([str(self._python), "-m", "pip", "install", "--quiet", UV], check=True)
+        self._folder, self._upgrade = folder, upgrade
+        self._environment = build_environment(read_pip_settings(self._python))
 
-def list_pins(lines: list[str]) -> list[str]:
-    """The lock's `name==version` lines, without hashes, as constraints."""
-    return [line.removesuffix(" \\") for line in lines if re.match(r"\S+==", line)]
+    def resolve_lock(self, lock: Lock, relative: str = "") -> str:
+        """The text of a new lock, with the versions of `relative`, another lock, and of the old one where they fit."""
+        project = build_uv_project((REPOSITORY / "pyproject.toml").read_text(), lock.left_out)
+        (self._folder / "pyproject.toml").write_text(project)
+        *parts, last_part = lock.parts
+        options = [] if lock.has_torch else ["--no-emit-package=torch"]
+        old = [] if self._upgrade else self._read_old(lock.name)
+        preferred = relative.splitlines() + leave_out(old, list_names(relative.splitlines()))
+        lines = self._compile("pyproject.toml", lock.name, lock.parts[last_part], options, preferred)
+        names = {part: list_names(self._list(lock.name, lock.parts[part], lines)) for part in parts}
+        header = HEADER if lock.has_torch else HEADER + WITHOUT_TORCH
+        return header + "\n" + join_parts(map(strip_assumed_markers, lines), last_part, names)
 
+    def resolve_extra(self, name: str, extra: str, relative: str = "") -> str:
+        """The text of the lock of one extra, without what the package itself needs; else as `resolve_lock`."""
+        pyproject = (REPOSITORY / "pyproject.toml").read_text()
+        requirements = tomllib.loads(pyproject)["project"]["optional-dependencies"][extra]
+        (self._folder / "pyproject.toml").write_text(build_uv_project(pyproject, []))
+        (self._folder / f"{extra}.in").write_text("\n".join(requirements) + "\n")
+        old = [] if self._upgrade else self._read_old(name)
+        preferred = relative.splitlines() + leave_out(old, list_names(relative.splitlines()))
+        lines = self._compile(f"{extra}.in", name, [], [], preferred)
+        return HEADER + "\n" + "\n".join(map(strip_assumed_markers, lines)) + "\n"
 
-def resolve(folder: Path, upgrade: bool) -> dict[str, list[str]]:
-    """The lines of the new locks by their names, from the versions of the old ones where they still fit."""
-    venv.create(folder / "venv", with_pip=True)
-    python = folder / "venv" / "bin" / "python"
-    subprocess.run([str(python), "-m", "pip", "install", "--quiet", UV], check=True)
-    pyproject = (REPOSITORY / "pyproject.toml").read_text()
-    (folder / "pyproject.toml").write_text(build_uv_project(pyproject))
-    environment = build_environment(read_pip_settings(python))
+    def _list(self, name: str, extras: Sequence[str], chosen: Sequence[str]) -> list[str]:
+        """The requirements of these extras alone, at the versions in the lines `chosen`."""
+        listed = self._compile("pyproject.toml", f"{name}-part", extras, [], chosen)
+        versions = {line.split(" ")[0] for line in chosen if "==" in line}
+        odd = [line for line in listed if "==" in line and line.split(" ")[0] not in versions and "torch==" not in line]
+        assert not odd, f"other versions than in the whole lock: {odd[:5]}"
+        return listed
 
-    def compile_lock(name: str, *arguments: str) -> list[str]:
-        output = folder / name
-        if (LOCKS / name).exists():
-            output.write_text((LOCKS / name).read_text())
-        options = "--universal --generate-hashes --no-annotate --no-header --no-emit-package=torch --quiet"
-        command = [str(python), "-m", "uv", "pip", "compile", *arguments, *options.split(), "--python-version=3.11"]
-        command += [f"--output-file={name}", *(["--upgrade"] if upgrade else [])]
-        subprocess.run(command, check=True, cwd=folder, env=environment)
+    def _compile(
+        self, source: str, name: str, extras: Sequence[str], options: Sequence[str], preferred: Sequence[str]
+    ) -> list[str]:
+        """The requirements of `source` with these extras, as lines, at the `preferred` lines' versions if they fit."""
+        output = self._folder / f"{name}.txt"
+        output.write_text("\n".join(preferred) + "\n")  # uv keeps what it finds in the file that it writes
+        command = [str(self._python), "-m", "uv", "pip", "compile", source, "--universal", "--generate-hashes"]
+        command += ["--no-annotate", "--no-header", "--quiet", "--python-version=3.11", *options]
+        command += [*(f"--extra={extra}" for extra in extras), f"--output-file={output.name}"]
+        subprocess.run(command, check=True, cwd=self._folder, env=self._environment)
         return output.read_text().splitlines()
 
-    cpu = compile_lock("cpu.txt", "pyproject.toml", "--extra=cpu", "--extra=dev", "--extra=evaluate")
-    (folder / "docs.in").write_text("".join(f"{line}\n" for line in find_docs_requirements(pyproject)))
-    (folder / "pins.txt").write_text("".join(f"{line}\n" for line in list_pins(cpu)))
-    return {"cpu.txt": cpu, "docs.txt": compile_lock("docs.txt", "docs.in", "--constraints=pins.txt")}
+    def _read_old(self, name: str) -> list[str]:
+        path = FOLDER / f"{name}.txt"
+        return path.read_text().splitlines() if path.exists() else []
 
 
 def main() -> int:
     """Writes the locks. Returns the exit status."""
     with tempfile.TemporaryDirectory(prefix="swiftkv-lock-") as folder:
-        locks = resolve(Path(folder), "--upgrade" in sys.argv[1:])
-    LOCKS.mkdir(exist_ok=True)
-    for name, resolved in locks.items():
-        lines = [strip_assumed_markers(line) for line in resolved]
-        assert not any("://" in line for line in lines), "the lock would name an index"
-        (LOCKS / name).write_text((DOCS_HEADER if name == "docs.txt" else HEADER) + "\n".join(lines) + "\n")
-        count = sum("==" in line for line in lines)
-        print(f"lock: {count} packages in {(LOCKS / name).relative_to(REPOSITORY)}")
+        resolver = Resolver(Path(folder), "--upgrade" in sys.argv[1:])
+        texts = {CPU.name: resolver.resolve_lock(CPU)}
+        texts[CUDA.name] = resolver.resolve_lock(CUDA, relative=texts[CPU.name])  # both kinds of image have the same
+        texts["image-tools"] = resolver.resolve_extra("image-tools", "image")
+        texts["docs"] = resolver.resolve_extra("docs", "docs", relative=texts[CPU.name])
+    for name, text in texts.items():
+        assert "://" not in text, "the lock would name an index"
+        (FOLDER / f"{name}.txt").write_text(text)
+        print(f"lock: {len(list_names(text.splitlines()))} packages in requirements/{name}.txt")
     return 0
 
 

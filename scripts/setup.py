@@ -133,13 +133,13 @@ def prepare_venv(interpreter: Interpreter) -> None:
     STARTED.touch()
 
 
-def install_torch() -> None:
-    """The CPU build from wherever pip looks by itself, else from PyTorch's index."""
+def install_torch(python: Path = VENV_PYTHON) -> None:
+    """The CPU build, for the environment of `python`, from wherever pip looks by itself, else from PyTorch's index."""
     arguments = ["install", "--no-deps", f"torch=={read_torch_pin()}"]
-    errors = run_pip(VENV_PYTHON, arguments, may_fail=True)
+    errors = run_pip(python, arguments, may_fail=True)
     if errors:
         print(f"setup:       not found where pip looks ({errors[-1]}); asking PyTorch's own index", flush=True)
-        run_pip(VENV_PYTHON, [*arguments, "--index-url", TORCH_CPU_INDEX])
+        run_pip(python, [*arguments, "--index-url", TORCH_CPU_INDEX])
 
 
 def install_locked_packages() -> None:

@@ -16,7 +16,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
-from swiftkv.config import StrictModel
 from swiftkv.errors import ClusterError
 
 # What an error shows of a failed job's log: enough for a traceback.
@@ -38,21 +37,6 @@ class JobServer(Protocol):
 
     def headers(self) -> dict[str, str]:
         """What a request must carry."""
-
-
-class RemoteCluster(StrictModel):
-    """Somebody else's cluster, by the address of its dashboard."""
-
-    dashboard_url: str
-    """http://host:port, 8265 by default."""
-
-    def headers(self) -> dict[str, str]:
-        """Ray's own token variables, where they are set."""
-        token = os.environ.get("RAY_AUTH_TOKEN")
-        path = os.environ.get("RAY_AUTH_TOKEN_PATH")
-        if token is None and path is not None and Path(path).is_file():
-            token = Path(path).read_text(encoding="utf-8").strip()
-        return {"Authorization": f"Bearer {token}"} if token else {}
 
 
 def submit_job(

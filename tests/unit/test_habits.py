@@ -58,7 +58,7 @@ def test_ci_calls_targets_of_the_makefile_and_audits_the_locks() -> None:
 
 
 def test_every_target_is_phony_and_says_what_it_does() -> None:
-    text = (ROOT / "Makefile").read_text()
+    text = (ROOT / "Makefile").read_text().replace("\\\n", "")
     phony = set(re.search(r"^\.PHONY: (.*)$", text, flags=re.MULTILINE)[1].split())
     assert TARGETS - {"define", "endef"} == phony
     for target in phony:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from swiftkv.cluster import Cluster, find_cluster, start_cluster, stop_cluster
+from swiftkv.cluster import Cluster, RemoteCluster, find_cluster, start_cluster, stop_cluster
 from swiftkv.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def _find_running(run_folder: Path) -> str | None:
 
 
 def _submit(words: list[str], run_folder: Path, address: str | None, follow: bool, num_cpus: int | None) -> None:
-    from swiftkv.jobs import RemoteCluster, find_job, submit_job
+    from swiftkv.jobs import find_job, submit_job
 
     if not SCRIPT.is_file():
         raise ConfigError(f"{SCRIPT}: no such file here. Run swiftkv distill from the checkout's folder.")
@@ -214,7 +214,7 @@ def _end(cluster: "JobServer", job_id: str, run_folder: Path) -> None:
 
 
 def _stop(run_folder: Path, address: str | None) -> None:
-    from swiftkv.jobs import RemoteCluster, find_job, follow_job, submit_job
+    from swiftkv.jobs import find_job, follow_job, submit_job
 
     cluster: Any = RemoteCluster(dashboard_url=address) if address is not None else find_cluster()
     job_id = find_job(cluster, str(run_folder)) if cluster is not None else None

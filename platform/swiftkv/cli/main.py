@@ -5,16 +5,19 @@ Turns errors that a user can cause into one message and exit status 2. Called by
 
 import signal
 import sys
+from collections.abc import Callable
 
 import typer
 
 from swiftkv.cli.bench import bench_app
 from swiftkv.cli.cluster import down
 from swiftkv.cli.delta import delta_app, export_snowflake
+from swiftkv.cli.deploy import deploy
 from swiftkv.cli.distill import distill
 from swiftkv.cli.evaluate import evaluate
 from swiftkv.cli.key import key
 from swiftkv.cli.models import models_app
+from swiftkv.cli.node import node_app
 from swiftkv.cli.profiling import profile
 from swiftkv.cli.publish import promote, publish, rollback
 from swiftkv.cli.serve import serve
@@ -29,10 +32,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for command in (profile, distill, evaluate, publish, promote, rollback, serve, top, usage, key, down, export_snowflake):
+MODELS: list[Callable[..., None]] = [profile, distill, evaluate, publish, promote, rollback, export_snowflake]
+FLEETS: list[Callable[..., None]] = [serve, deploy, top, usage, key, down]
+for command in MODELS + FLEETS:
     app.command()(command)
 app.add_typer(delta_app, name="delta")
 app.add_typer(models_app, name="models")
+app.add_typer(node_app, name="node")
 app.add_typer(bench_app, name="bench")
 
 

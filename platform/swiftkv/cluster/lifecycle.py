@@ -34,7 +34,7 @@ _MAX_TEMPORARY_FOLDER_BYTES = 22
 
 # A request passes three replicas and would change threads several times in each; nothing of ours blocks the loop. Over
 # gRPC replicas reach each other without Ray's workers between them, and notice when the other one has died.
-_SHORT_WAY = {
+SHORT_WAY = {
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
@@ -77,7 +77,7 @@ class Cluster(StrictModel):
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(self.token_path),
             **_LOOPBACK_ONLY,
-            **_SHORT_WAY,
+            **SHORT_WAY,
         }
 
 
@@ -212,7 +212,7 @@ def _head_environment(folder: Path, ports: list[int]) -> dict[str, str]:
             "PYTHONUNBUFFERED": "1",
             **haproxy.prepare_haproxy(folder, ports[10:]),
             **_LOOPBACK_ONLY,
-            **_SHORT_WAY,
+            **SHORT_WAY,
         }
     )
 

@@ -1,8 +1,9 @@
-"""Puts one pool on our cluster through Serve's REST API and waits until it answers.
+"""Puts pools on a cluster through Serve's REST API and waits until they answer.
 
 Declarative: what is sent is what `serve deploy` would send, so a config file and this give the same application.
 Does not start a cluster, and leaves a failed deployment's cluster running for its owner to stop.
-Called by: cli/serve.py, cli (quickstart). Calls: Ray's Serve and state REST APIs, serving/source.py, serving/checks.py.
+Called by: cli/serve.py, cli (quickstart), serving/keeping.py.
+Calls: Ray's Serve and state REST APIs, serving/source.py, serving/checks.py.
 """
 
 import json
@@ -14,7 +15,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from swiftkv.cluster import Cluster, is_port_free
+from swiftkv.cluster import Cluster, RemoteCluster, is_port_free
 from swiftkv.errors import ClusterError, ConfigError, EngineError
 from swiftkv.serving.checks import Applications, check_applications, check_placement
 from swiftkv.serving.config import ServeSettings
@@ -38,6 +39,8 @@ _CONTINUATION = re.compile(r"  (?! *File |.*For further information)")
 
 Progress = Callable[[str], None]
 
+AnyCluster = Cluster | RemoteCluster
+
 
 def deploy(cluster: Cluster, settings: ServeSettings, on_progress: Progress = lambda _: None) -> ServeSettings:
     """Serves the model and returns the settings with the model's folder and id, once requests are answered.
@@ -48,8 +51,8 @@ def deploy(cluster: Cluster, settings: ServeSettings, on_progress: Progress = la
     """
     on_progress("fetching the model")
     settings = resolve_model(settings)
-    client = _connect(cluster)
-    _check_endpoint(client, settings.host, settings.port)
+    client = connect(cluster)
+    _check_endpoint(client, settings.host, settings.port, is_here=True)
     _check_resources(cluster, {APPLICATION: settings})
     on_progress("building the application")
     client.deploy_applications(build_serve_config(settings))
@@ -59,7 +62,7 @@ def deploy(cluster: Cluster, settings: ServeSettings, on_progress: Progress = la
     return settings
 
 
-def deploy_config(cluster: Cluster, config: dict[str, Any], on_progress: Progress = lambda _: None) -> str:
+def deploy_config(cluster: AnyCluster, config: dict[str, Any], on_progress: Progress = lambda _: None) -> str:
     """Deploys a Serve config file's content and returns the endpoint's base URL, once every application runs.
 
     Applications that are already deployed and not in the config are removed, as `serve deploy` does; unlike there, what
@@ -67,10 +70,10 @@ def deploy_config(cluster: Cluster, config: dict[str, Any], on_progress: Progres
     Raises: ConfigError if Serve refuses the config, the port is taken or the cluster too small; ClusterError if the
     cluster does not answer; EngineError with the replica's own error lines if an application does not start.
     """
-    client = _connect(cluster)
+    client = connect(cluster)
     options = config.get("http_options") or {}
     host, port = options.get("host", "127.0.0.1"), options.get("port", 8000)
-    _check_endpoint(client, host, port)
+    _check_endpoint(client, host, port, is_here=isinstance(cluster, Cluster))
     applications = check_applications(config["applications"], "Serve config")
     _check_resources(cluster, applications)
     rollouts = {name: found for name, found in applications.items() if isinstance(found, RolloutSettings)}
@@ -91,7 +94,7 @@ def deploy_config(cluster: Cluster, config: dict[str, Any], on_progress: Progres
 
 def undeploy(cluster: Cluster) -> None:
     """Removes every pool from the cluster; the cluster stays."""
-    _connect(cluster).delete_applications()
+    connect(cluster).delete_applications()
 
 
 def build_serve_config(settings: ServeSettings) -> dict[str, Any]:
@@ -110,7 +113,7 @@ def build_serve_config(settings: ServeSettings) -> dict[str, Any]:
     }
 
 
-def _connect(cluster: Cluster) -> Any:
+def connect(cluster: AnyCluster) -> Any:
     from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 
     try:
@@ -119,7 +122,7 @@ def _connect(cluster: Cluster) -> Any:
         raise ClusterError(f"the cluster at {cluster.dashboard_url} does not answer: {error}") from error
 
 
-def _check_endpoint(client: Any, host: str, port: int) -> None:
+def _check_endpoint(client: Any, host: str, port: int, is_here: bool) -> None:
     bound = client.get_serve_details().get("http_options") or {}
     if bound.get("port"):
         if (bound["host"], bound["port"]) != (host, port):
@@ -127,21 +130,25 @@ def _check_endpoint(client: Any, host: str, port: int) -> None:
                 f"this cluster already serves on {bound['host']}:{bound['port']} and cannot move to "
                 f"{host}:{port}. Use that port, or stop the cluster with `swiftkv down` first."
             )
-    elif not is_port_free(port):
+    elif is_here and not is_port_free(port):
         raise ConfigError(f"port {port} is taken by another program. Choose another with --port.")
 
 
-def _check_resources(cluster: Cluster, applications: Applications) -> None:
+def _check_resources(cluster: AnyCluster, applications: Applications) -> None:
     from ray.util.state import StateApiClient
     from ray.util.state.common import ListApiOptions, StateResource
+    from ray.util.state.exception import RayStateApiException
 
     client = StateApiClient(address=cluster.dashboard_url, headers=cluster.headers())
     options = ListApiOptions(filters=[("state", "=", "ALIVE")], limit=_MAX_NODES)
-    nodes = client.list(StateResource.NODES, options=options, raise_on_missing_output=False)
+    try:
+        nodes = client.list(StateResource.NODES, options=options, raise_on_missing_output=False)
+    except RayStateApiException as error:
+        raise ClusterError(f"the cluster at {cluster.dashboard_url} does not say what it has: {error}") from error
     check_placement(applications, [node["resources_total"] for node in nodes], "deploying")
 
 
-def _wait_until_running(client: Any, cluster: Cluster, names: list[str], on_progress: Progress) -> None:
+def _wait_until_running(client: Any, cluster: AnyCluster, names: list[str], on_progress: Progress) -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
     reported = ""
     while time.monotonic() < deadline:
@@ -157,7 +164,8 @@ def _wait_until_running(client: Any, cluster: Cluster, names: list[str], on_prog
             on_progress(state)
             reported = state
         time.sleep(_POLL_S)
-    raise EngineError(f"{', '.join(waiting)} not up after {START_TIMEOUT_S:.0f} s. Logs: {cluster.folder}")
+    place = cluster.folder if isinstance(cluster, Cluster) else cluster.dashboard_url
+    raise EngineError(f"{', '.join(waiting)} not up after {START_TIMEOUT_S:.0f} s. Logs: {place}")
 
 
 def _wait_for_version(client: Any, name: str, rollout: RolloutSettings, on_progress: Progress) -> None:
@@ -196,10 +204,11 @@ def _describe_state(application: dict[str, Any]) -> str:
     return f"starting the engine of {', '.join(starting)}" if starting else "building the application"
 
 
-def _describe_failure(application: dict[str, Any], cluster: Cluster) -> str:
+def _describe_failure(application: dict[str, Any], cluster: AnyCluster) -> str:
     messages = [application.get("message", "")]
     messages += [d.get("message", "") for d in application.get("deployments", {}).values()]
-    lines = find_engine_errors(cluster.folder) or _shorten(messages)
+    found = find_engine_errors(cluster.folder) if isinstance(cluster, Cluster) else []  # others' logs are elsewhere
+    lines = found or _shorten(messages)
     return "\n".join(["the engine did not start:", *(f"  {line}" for line in lines[-_NUM_ERROR_LINES:])])
 
 
