@@ -157,7 +157,7 @@ def check_part_of_recipe(values: Any) -> None:
 
 def check_serve_config(values: Any) -> None:
     applications = check_applications(values["applications"], "the sample")
-    check_endpoint(values["http_options"], applications, "the sample")
+    check_endpoint(values, applications, "the sample")
 
 
 def check_policy_s_settings(values: Any) -> None:

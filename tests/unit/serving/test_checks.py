@@ -120,7 +120,7 @@ REFUSED = {
     ),
     "a gateway without keys that others reach": (
         {"http_options.host": "0.0.0.0"},
-        "host is 0.0.0.0, which others reach, and gateway has no tenants_file",
+        "gateway would answer whoever reaches 0.0.0.0 .* Give it a tenants_file",
     ),
     "a tenants' file that is not there": (
         {"applications.1.args.tenants_file": "absent.yaml"},
