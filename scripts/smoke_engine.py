@@ -1,8 +1,7 @@
-"""Starts one engine on a tiny random SwiftKV model and asks it for 4 tokens, and 4 drawn at random. CI runs it on a bare
-system.
+"""Starts one engine on a tiny random SwiftKV model and asks it for 4 tokens, and for 4 drawn at random.
 
-Compares with the Hugging Face model's tokens, so that an engine that starts but skips wrongly is found too. What is drawn
-at random goes ways of vLLM's own that want a compiler.
+CI runs it on a bare system. Compares with the Hugging Face model's tokens, so that an engine that starts but skips
+wrongly is found too; what is drawn at random goes ways of vLLM's own that want a compiler.
 Called by: scripts/ci_chroot.sh. Calls: bench/models.py (the model), engine/llm.py.
 """
 

@@ -5,7 +5,8 @@ The two then wait for each other at every step by spinning on shared memory with
 last one: on a machine of few cores everything else waits with them (jobs/LOG.md). They never work at the same time, as
 on a CPU a step is scheduled when the one before is done. So here the environment is that of the engine's process.
 Imports no vLLM.
-Called by: serving/pools.py, serving/engine.py, bench/serve/servers.py. Calls: engine/compiler.py; engine/worker.py, by name.
+Called by: serving/pools.py, serving/engine.py, bench/serve/servers.py. Calls: engine/compiler.py; engine/worker.py, by
+name.
 """
 
 import os
