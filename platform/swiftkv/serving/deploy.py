@@ -2,7 +2,8 @@
 
 Declarative: what is sent is what `serve deploy` would send, so a config file and this give the same application.
 Does not start a cluster, and leaves a failed deployment's cluster running for its owner to stop.
-Called by: cli/serve.py, cli (quickstart). Calls: Ray's Serve and state REST APIs, serving/source.py, serving/checks.py.
+Called by: cli/serve.py, cli (quickstart). Calls: Ray's Serve and state REST APIs, serving/source.py,
+serving/fetching.py, serving/checks.py.
 """
 
 import json
@@ -18,6 +19,7 @@ from swiftkv.cluster import Cluster, is_port_free
 from swiftkv.errors import ClusterError, ConfigError, EngineError
 from swiftkv.serving.checks import Applications, check_applications, check_placement
 from swiftkv.serving.config import ServeSettings
+from swiftkv.serving.fetching import fetch_version
 from swiftkv.serving.rollout.serve_config import keep_versions, list_entries, read_record
 from swiftkv.serving.rollout.settings import RolloutSettings
 from swiftkv.serving.source import resolve_model
@@ -38,16 +40,23 @@ _CONTINUATION = re.compile(r"  (?! *File |.*For further information)")
 
 Progress = Callable[[str], None]
 
+_in_use: list[object] = []
+"""Fetched versions: the node's cache evicts none of them while this process lives."""
+
 
 def deploy(cluster: Cluster, settings: ServeSettings, on_progress: Progress = lambda _: None) -> ServeSettings:
     """Serves the model and returns the settings with the model's folder and id, once requests are answered.
 
     A pool that is already deployed is replaced. `on_progress` gets a short text whenever the state changes.
-    Raises: what `resolve_model` raises; ConfigError if the port is taken or the cluster too small; ClusterError if the
-    cluster does not answer; EngineError with the replica's own error lines if the engine does not start.
+    Raises: what `resolve_model` and `fetch_version` raise; ConfigError if the port is taken or the cluster too small;
+    ClusterError if the cluster does not answer; EngineError with the replica's own error lines if the engine does not
+    start.
     """
     on_progress("fetching the model")
     settings = resolve_model(settings)
+    if settings.published is not None:
+        # As its replicas do; but here it may take as long as it takes, and START_TIMEOUT_S is for engines.
+        _in_use.append(fetch_version(settings.published, with_weights=not settings.stream))
     client = _connect(cluster)
     _check_endpoint(client, settings.host, settings.port)
     _check_resources(cluster, {APPLICATION: settings})
