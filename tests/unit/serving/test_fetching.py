@@ -97,6 +97,7 @@ def test_a_relative_store_is_the_same_for_every_process(registry, monkeypatch, t
 
 FETCH = """
 import sys
+from swiftkv.registry.storage import Storage
 from swiftkv.serving.config import PublishedVersion
 from swiftkv.serving.fetching import fetch_version
 reads, read_buffer = [], Storage.read_buffer
