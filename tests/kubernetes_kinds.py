@@ -157,8 +157,17 @@ class HostVolume(Kind):
     type: str | None = None
 
 
+class ClaimTemplate(Kind):
+    spec: "ClaimSpec"
+
+
+class EphemeralVolume(Kind):
+    volumeClaimTemplate: ClaimTemplate
+
+
 class Volume(Kind):
     name: Name
+    ephemeral: EphemeralVolume | None = None
     persistentVolumeClaim: ClaimVolume | None = None
     secret: SecretVolume | None = None
     configMap: ConfigMapVolume | None = None

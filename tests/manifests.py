@@ -129,7 +129,7 @@ def _check_security(objects: Sequence[Manifest], pods: Sequence[PodOf]) -> Itera
                 yield f"{pod.place}: {field} opens the node to the pod; remove it."
         for volume in pod.spec.get("volumes", []):
             if "hostPath" in volume:
-                yield f"{pod.place}: volume {volume['name']} is a folder of the node's; take a PersistentVolumeClaim."
+                yield f"{pod.place}: volume {volume['name']} is a folder of the node's; take a claim, or an emptyDir."
     for place, container in _list_containers(pods):
         security = container.get("securityContext", {})
         if security.get("privileged"):

@@ -8,7 +8,8 @@
     ├── RegistryError (RuntimeError)        the registry refused
     │   ├── VersionExistsError              a version is written once and never changed
     │   ├── VersionNotFoundError            no such model, version or alias
-    │   └── IntegrityError                  bytes differ from the manifest
+    │   ├── IntegrityError                  bytes differ from the manifest
+    │   └── StoreError                      its store cannot be reached, or refuses
     ├── TrainingError (RuntimeError)         a distillation run could not go on; its checkpoints are kept
     │   └── DivergedError                   its loss can no longer be trusted
     ├── ClusterError (RuntimeError)         a Ray cluster did not start, or a job on it failed
@@ -53,6 +54,10 @@ class VersionNotFoundError(RegistryError):
 
 class IntegrityError(RegistryError):
     """The bytes of a version differ from its manifest."""
+
+
+class StoreError(RegistryError):
+    """The registry's store cannot be reached from here, or refuses."""
 
 
 class TrainingError(SwiftKVError, RuntimeError):

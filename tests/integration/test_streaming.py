@@ -11,6 +11,7 @@ from swiftkv.engine.llm import generate_greedy, prefill_remotely, run_engine
 from swiftkv.engine.settings import EngineSettings
 from swiftkv.registry.registry import Registry
 from swiftkv.serving.config import PoolSettings
+from swiftkv.serving.fetching import fetch_version
 from swiftkv.serving.source import resolve_model
 
 pytestmark = pytest.mark.engine
@@ -29,7 +30,8 @@ def test_a_streamed_engine_gives_the_tokens_of_one_that_reads_files(tmp_path, mo
         Registry(store).publish(student, "tiny")
         pool = PoolSettings(model="tiny", store=store, stream=True, engine=SETTINGS)
         resolved = resolve_model(pool)
-        assert resolve_model(resolved) == resolved, "a replica resolves again what the driver resolved"
+        assert resolve_model(resolved) == resolved, "Serve resolves again what the driver resolved"
+        assert str(fetch_version(resolved.published, with_weights=False).path) == resolved.model
         assert not list((tmp_path / "home").rglob("*.safetensors"))
         tokens = []
         for folder, settings in ((student, SETTINGS), (resolved.model, resolved.engine)):

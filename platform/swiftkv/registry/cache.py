@@ -3,6 +3,7 @@
     cache/models/<digest>            a whole version; its path is the same on every node
     cache/models/<digest>-light      a version without its weights; two versions never share a path
     cache/models/<digest>.partial    one that is being downloaded, or was when its process died: the next goes on
+    cache/models/<digest>.json       the manifest of a copy: the node can verify it without the store
     cache/models/<digest>.lock       held while downloading, so that one process does it and the others wait
     cache/models/<digest>.used       held, shared, by whoever uses the copy; its time is that of the last use
 
@@ -24,7 +25,7 @@ from typing import BinaryIO
 from swiftkv.config import home
 from swiftkv.errors import ConfigError, IntegrityError, RegistryError
 from swiftkv.registry.files import OnProgress, ReadPart, fill_folder, read_at, require_space
-from swiftkv.registry.manifest import FileEntry, Manifest
+from swiftkv.registry.manifest import FileEntry, Manifest, parse_manifest
 
 LIMIT_VARIABLE = "SWIFTKV_CACHE_GB"
 
@@ -41,16 +42,36 @@ class CachedCopy:
         self._use.close()
 
 
-def fetch_into_cache(
-    manifest: Manifest, read_part: ReadPart, on_progress: OnProgress | None, name: str | None = None
-) -> CachedCopy:
-    """The verified copy; a copy that is there is verified again, and replaced if it was damaged. `name`: of its folder,
-    if not the manifest's digest.
+def locate_copy(digest: str, with_weights: bool = True) -> Path:
+    """Where this node has its copy of the version of that digest, or would have it."""
+    return home() / "cache" / "models" / (digest if with_weights else f"{digest}-light")
+
+
+def keep_manifest(copy: Path, manifest: Manifest) -> None:
+    """Put a whole version's manifest beside the copy. On a full disk it is left out: the copy is as good without."""
+    target, content = copy.with_suffix(".json"), manifest.to_json()
+    with contextlib.suppress(OSError):
+        if not target.is_file() or target.read_bytes() != content:
+            whole = target.with_suffix(f".json-{os.getpid()}")
+            whole.write_bytes(content)
+            whole.rename(target)
+
+
+def read_kept_manifest(copy: Path, name: str, version: str, digest: str) -> Manifest | None:
+    """What `keep_manifest` put there; None if it is not there, damaged, or another version's."""
+    try:
+        manifest = parse_manifest(copy.with_suffix(".json").read_bytes(), name, version)
+    except (OSError, RegistryError):
+        return None
+    return manifest if manifest.digest == digest else None
+
+
+def fetch_into_cache(path: Path, manifest: Manifest, read_part: ReadPart, on_progress: OnProgress | None) -> CachedCopy:
+    """The verified copy at `path`; a copy that is there is verified again, and replaced if it was damaged.
 
     Raises: IntegrityError if bytes differ from the manifest and no right ones can be had; RegistryError if the disk or
     the cache's size does not allow it.
     """
-    path = home() / "cache" / "models" / (name or manifest.digest)
     path.parent.mkdir(parents=True, exist_ok=True)
     use = _take_use(path)
     try:
@@ -134,6 +155,7 @@ def _evict(folder: Path) -> bool:
             return False  # another process evicted it, and somebody may use a new one
         shutil.rmtree(folder, ignore_errors=True)
         if folder == copy:
+            copy.with_suffix(".json").unlink(missing_ok=True)
             lock.unlink(missing_ok=True)
     return True
 

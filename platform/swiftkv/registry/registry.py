@@ -23,7 +23,7 @@ from swiftkv.errors import CheckpointError, ConfigError, IntegrityError, Registr
 from swiftkv.hub import find_model_folder
 from swiftkv.registry import collecting, evaluations, layout
 from swiftkv.registry.aliases import AliasRecord, move_alias, parse_alias, read_alias, roll_back
-from swiftkv.registry.cache import CachedCopy, fetch_into_cache
+from swiftkv.registry.cache import CachedCopy, fetch_into_cache, keep_manifest, locate_copy, read_kept_manifest
 from swiftkv.registry.checks import check_checkpoint, check_without_weights
 from swiftkv.registry.evaluations import EvaluationRecord, GateResult
 from swiftkv.registry.files import (
@@ -194,26 +194,31 @@ class Registry:
 
         Raises: VersionNotFoundError; IntegrityError as `verify`; CheckpointError if it is not safe to load.
         """
-        manifest = self.load_manifest(reference)
-        copy = fetch_into_cache(manifest, self._build_reader(manifest, "fetch"), on_progress)
-        with _refusing(copy):
-            check_checkpoint(copy.path)
-        return FetchedVersion(copy.path, manifest.name, manifest.version, manifest, copy)
+        return self._fetch(self.load_manifest(reference), on_progress)
 
     @metered("fetch")
     def fetch_without_weights(self, reference: str) -> FetchedVersion:
         """As `fetch`, but for the tensors: configuration and tokenizer, for an engine that streams the rest."""
-        manifest = self.load_manifest(reference)
-        light = manifest.model_copy(
-            update={"files": tuple(entry for entry in manifest.files if not is_weights(entry.path))}
-        )
-        # Named after the whole version: engines that are given one path take each other's KV (NIXL's hash has the path,
-        # and nothing of the weights).
-        reader = self._build_reader(manifest, "fetch")
-        copy = fetch_into_cache(light, reader, None, f"{manifest.digest}-light")
-        with _refusing(copy):
-            check_without_weights(copy.path, [entry.path for entry in manifest.files])
-        return FetchedVersion(copy.path, manifest.name, manifest.version, manifest, copy)
+        return self._fetch_light(self.load_manifest(reference))
+
+    @metered("fetch")
+    def fetch_resolved(
+        self, reference: str, digest: str, with_weights: bool = True, on_progress: OnProgress | None = None
+    ) -> FetchedVersion:
+        """As `fetch`, or `fetch_without_weights`, of the very files that NAME@VERSION was when somebody resolved it.
+
+        A node that has a copy verifies it without the store.
+        Raises: as `fetch`; IntegrityError if the store has other files under that name.
+        """
+        name, _, version = reference.partition("@")
+        kept = read_kept_manifest(locate_copy(digest, with_weights), name, version, digest)
+        manifest = kept or self.load_manifest(reference)
+        if manifest.digest != digest:
+            raise IntegrityError(
+                f"{reference} has the digest {manifest.digest} in {self.location}, and {digest} was resolved: it is "
+                "another store, or the version was published anew. Deploy again."
+            )
+        return self._fetch(manifest, on_progress) if with_weights else self._fetch_light(manifest)
 
     def stream_tensors(self, reference: str, wants: Callable[[str], bool]) -> Iterator[RawTensor]:
         """A version's tensors that `wants` says yes to, each verified before it comes; nothing is written.
@@ -310,6 +315,27 @@ class Registry:
         if dry_run:
             return collecting.plan_collection(self, self._storage, keep)
         return collecting.collect(self, self._storage, keep, on_progress)
+
+    def _fetch(self, manifest: Manifest, on_progress: OnProgress | None) -> FetchedVersion:
+        path = locate_copy(manifest.digest)
+        copy = fetch_into_cache(path, manifest, self._build_reader(manifest, "fetch"), on_progress)
+        with _refusing(copy):
+            check_checkpoint(path)
+        keep_manifest(path, manifest)
+        return FetchedVersion(path, manifest.name, manifest.version, manifest, copy)
+
+    def _fetch_light(self, manifest: Manifest) -> FetchedVersion:
+        light = manifest.model_copy(
+            update={"files": tuple(entry for entry in manifest.files if not is_weights(entry.path))}
+        )
+        # Named after the whole version: engines that are given one path take each other's KV (NIXL's hash has the path,
+        # and nothing of the weights).
+        path = locate_copy(manifest.digest, with_weights=False)
+        copy = fetch_into_cache(path, light, self._build_reader(manifest, "fetch"), None)
+        with _refusing(copy):
+            check_without_weights(path, [entry.path for entry in manifest.files])
+        keep_manifest(path, manifest)
+        return FetchedVersion(path, manifest.name, manifest.version, manifest, copy)
 
     def _build_reader(self, manifest: Manifest, operation: Operation) -> ReadPart:
         """Parts from the store, whose bytes are counted; of a base that the store does not hold, from the base."""

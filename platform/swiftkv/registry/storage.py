@@ -23,7 +23,7 @@ import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, NotModifiedError, PreconditionError
 from obstore.store import LocalStore, from_url
 
-from swiftkv.errors import ConfigError, RegistryError
+from swiftkv.errors import ConfigError, RegistryError, StoreError
 
 if TYPE_CHECKING:
     from obstore import GetOptions, UpdateVersion
@@ -248,11 +248,11 @@ class Storage:
         except (BaseError, OSError, NotImplementedError) as error:
             raise self._explain(action, path, error) from error
 
-    def _explain(self, action: str, path: str, error: Exception) -> RegistryError:
+    def _explain(self, action: str, path: str, error: Exception) -> StoreError:
         reason = str(error).split("\n", 1)[0]
         if "169.254.169.254" in reason:  # where a machine in the cloud asks for its role
             reason = "no credentials. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or run where a role is given"
-        return RegistryError(f"{self.location}: cannot {action} {path or 'the store'}: {reason}")
+        return StoreError(f"{self.location}: cannot {action} {path or 'the store'}: {reason}")
 
 
 def _find_endpoint() -> str:

@@ -15,6 +15,22 @@ from swiftkv.engine.settings import EngineSettings
 from swiftkv.serving.hardware import CPU, check_engine
 
 
+class PublishedVersion(StrictModel):
+    """A version of a registry: the same one on every node and at any time, however its aliases move."""
+
+    store: str
+    """Registry: a folder's absolute path, or an object store's URL."""
+
+    reference: str
+    """NAME@VERSION."""
+
+    digest: str
+    """Of its files (registry/manifest.py)."""
+
+    needs_base: bool = False
+    """Whether the store lacks those of its files that are a teacher's: a node takes them from the hub or a folder."""
+
+
 class ModelSettings(StrictModel):
     """What is served, and where it comes from."""
 
@@ -26,6 +42,10 @@ class ModelSettings(StrictModel):
 
     store: str | None = None
     """Registry: a folder or an object store's URL. None: the registry folder of the local state."""
+
+    published: PublishedVersion | None = None
+    """What `model` was when it was resolved; each replica has it on its own node before its engine starts. None: not
+    resolved yet, or `model` is a folder."""
 
     stream: bool = False
     """Take the tensors straight from the store into the engine, verified, without a copy on the node's disk. For one

@@ -4,8 +4,8 @@ Ray Serve LLM's decode server passes a failed prefill on to the client; this one
 a prefill pool that is empty, cold or broken makes answers slower and never takes them away. Generates nothing itself:
 both engines are vLLM's, and KV moves between them by NIXL.
 Called by: Ray Serve, as built in serving/pools.py.
-Calls: serving/hop.py, serving/workload.py, serving/engine.py, serving/engine_log.py, serving/tracing.py, Ray
-Serve LLM's decode server.
+Calls: serving/hop.py, serving/workload.py, serving/engine.py, serving/fetching.py, serving/engine_log.py,
+serving/tracing.py, Ray Serve LLM's decode server.
 """
 
 import asyncio
@@ -28,6 +28,7 @@ from swiftkv.serving import tracing
 from swiftkv.serving.config import HopSettings
 from swiftkv.serving.engine import PoolEngine
 from swiftkv.serving.engine_log import EngineLog
+from swiftkv.serving.fetching import Fetching
 from swiftkv.serving.hop import Beginnings, HopCosts, SeenPrefixes
 from swiftkv.serving.prompts import (
     TokenLengths,
@@ -59,7 +60,7 @@ class Prompt:
     """Tokens, of one that was handed over, that the prefill replica had in its cache."""
 
 
-class DecodeServer(Tokenizing, PDDecodeServer):
+class DecodeServer(Fetching, Tokenizing, PDDecodeServer):
     """A decode engine that asks the prefill pool for help where it pays."""
 
     async def __init__(  # type: ignore[misc]  # as Ray has it

@@ -3,7 +3,7 @@
 Declarative: what is sent is what `serve deploy` would send, so a config file and this give the same application.
 Does not start a cluster, and leaves a failed deployment's cluster running for its owner to stop.
 Called by: cli/serve.py, cli (quickstart), serving/keeping.py.
-Calls: Ray's Serve and state REST APIs, serving/source.py, serving/checks.py.
+Calls: Ray's Serve and state REST APIs, serving/source.py, serving/fetching.py, serving/checks.py.
 """
 
 import json
@@ -19,6 +19,7 @@ from swiftkv.cluster import Cluster, RemoteCluster, Tls, find_haproxy, is_port_f
 from swiftkv.errors import ClusterError, ConfigError, EngineError
 from swiftkv.serving.checks import Applications, check_applications, check_placement
 from swiftkv.serving.config import ServeSettings
+from swiftkv.serving.fetching import fetch_version
 from swiftkv.serving.rollout.serve_config import keep_versions, list_entries, read_record
 from swiftkv.serving.rollout.settings import RolloutSettings
 from swiftkv.serving.source import resolve_model
@@ -41,16 +42,23 @@ Progress = Callable[[str], None]
 
 AnyCluster = Cluster | RemoteCluster
 
+_in_use: list[object] = []
+"""Fetched versions: the node's cache evicts none of them while this process lives."""
+
 
 def deploy(cluster: Cluster, settings: ServeSettings, on_progress: Progress = lambda _: None) -> ServeSettings:
     """Serves the model and returns the settings with the model's folder and id, once requests are answered.
 
     A pool that is already deployed is replaced. `on_progress` gets a short text whenever the state changes.
-    Raises: what `resolve_model` raises; ConfigError if the port is taken or the cluster too small; ClusterError if the
-    cluster does not answer; EngineError with the replica's own error lines if the engine does not start.
+    Raises: what `resolve_model` and `fetch_version` raise; ConfigError if the port is taken or the cluster too small;
+    ClusterError if the cluster does not answer; EngineError with the replica's own error lines if the engine does not
+    start.
     """
     on_progress("fetching the model")
     settings = resolve_model(settings)
+    if settings.published is not None:
+        # As its replicas do; but here it may take as long as it takes, and START_TIMEOUT_S is for engines.
+        _in_use.append(fetch_version(settings.published, with_weights=not settings.stream))
     client = connect(cluster)
     _check_endpoint(client, settings.host, settings.port, is_here=True)
     _check_tls(cluster, None)

@@ -1,13 +1,12 @@
 """The deployments of one model version: one pool, or a prefill and a decode pool, as Ray Serve LLM is told of them.
 
 Configures Ray Serve LLM; contains no engine, no routing and no HTTP code.
-Called by: serving/app.py. Calls: serving/decode.py, serving/prefill.py, serving/server.py, ray.serve.llm.
+Called by: serving/app.py. Calls: serving/decode.py, serving/prefill.py, serving/server.py, serving/source.py,
+ray.serve.llm.
 """
 
-import json
 import math
 import os
-from pathlib import Path
 from typing import Any
 
 from ray import serve
@@ -22,6 +21,7 @@ from swiftkv.serving.decode import DecodeServer
 from swiftkv.serving.hardware import CPU, build_bundles, count_kv_tokens
 from swiftkv.serving.prefill import PrefillServer
 from swiftkv.serving.server import PoolServer
+from swiftkv.serving.source import read_shape
 
 LONGEST_ANSWER_S = 600.0
 """A replica that is replaced finishes what it answers, as long as the gateway's default deadline. Ray's own (20 s) cuts
@@ -37,7 +37,13 @@ _NO_DELAYS = dict.fromkeys(("upscale_delay_s", "downscale_delay_s", "downscale_t
 def build_pool(settings: PoolSettings) -> tuple[LLMConfig, serve.Application]:
     """What is served, and the deployment of a resolved pool (serving/source.py)."""
     config = configure_pool(settings)
-    return config, build_llm_deployment(config, name_prefix="LLMServer:", deployment_cls=PoolServer)
+    pool = build_llm_deployment(
+        config,
+        name_prefix="LLMServer:",
+        bind_kwargs={"published": settings.published},
+        deployment_cls=PoolServer,
+    )
+    return config, pool
 
 
 def build_pair(settings: PairSettings) -> tuple[LLMConfig, serve.Application]:
@@ -46,13 +52,14 @@ def build_pair(settings: PairSettings) -> tuple[LLMConfig, serve.Application]:
     prefill = build_llm_deployment(
         prefill_config,
         name_prefix="Prefill:",
-        bind_kwargs={"kv_lease_s": settings.kv_lease_s},
+        bind_kwargs={"published": settings.published, "kv_lease_s": settings.kv_lease_s},
         deployment_cls=PrefillServer,
     )
     decode = build_llm_deployment(
         config,
         name_prefix="Decode:",
         bind_kwargs={
+            "published": settings.published,
             "prefill_server": prefill,
             "hop": settings.hop,
             "kv_capacity_tokens": _compute_kv_capacity(settings),
@@ -86,8 +93,7 @@ def configure_pair(settings: PairSettings) -> tuple[LLMConfig, LLMConfig]:
 
 def _compute_kv_capacity(settings: PairSettings) -> float:
     """Tokens whose KV one decode replica holds; infinity for a GPU whose memory we do not know."""
-    config = json.loads((Path(settings.model) / "config.json").read_text(encoding="utf-8"))
-    tokens = count_kv_tokens(config, settings.decode.engine, settings.decode.hardware)
+    tokens = count_kv_tokens(read_shape(settings), settings.decode.engine, settings.decode.hardware)
     return math.inf if tokens is None else tokens
 
 
@@ -114,6 +120,9 @@ def _build_llm_config(
 ) -> LLMConfig:
     """Ray Serve LLM's configuration of one deployment whose model is a local folder."""
     is_cpu = pool.hardware == CPU
+    environment = build_environment(engine, pool.hardware, max_replicas)
+    if settings.published is None or not settings.published.needs_base:
+        environment["HF_HUB_OFFLINE"] = "1"  # the model is a folder; nothing may be looked for elsewhere
     return LLMConfig(
         model_loading_config={"model_id": settings.model_id, "model_source": settings.model},
         accelerator_config={"kind": "cpu" if is_cpu else "gpu"},
@@ -128,7 +137,7 @@ def _build_llm_config(
         | _build_metering_arguments(is_cpu, engine)
         | _build_frontend_arguments(settings)
         | (one_process.build_arguments() if _count_threads(engine, pool.hardware, max_replicas) else {}),
-        runtime_env={"env_vars": build_environment(engine, pool.hardware, max_replicas)},
+        runtime_env={"env_vars": environment},
         deployment_config={
             **replicas,
             # An engine that does not start fails the same way again, half a minute later.
@@ -160,7 +169,6 @@ def build_environment(engine: EngineSettings, hardware: str, max_replicas: int) 
     environment = {
         "VLLM_CACHE_ROOT": str(home() / "cache" / "vllm"),
         "VLLM_NO_USAGE_STATS": "1",
-        "HF_HUB_OFFLINE": "1",  # the model is a local folder; nothing may be looked for elsewhere
     }
     num_threads = _count_threads(engine, hardware, max_replicas)
     if num_threads:

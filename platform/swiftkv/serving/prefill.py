@@ -1,7 +1,7 @@
 """The prefill replica: Ray Serve LLM's own, counted for the policy; it ends when its KV was fetched or given up.
 
 Called by: Ray Serve, as built in serving/pools.py.
-Calls: serving/engine.py, serving/engine_log.py, serving/workload.py, serving/tracing.py.
+Calls: serving/engine.py, serving/fetching.py, serving/engine_log.py, serving/workload.py, serving/tracing.py.
 """
 
 import asyncio
@@ -18,12 +18,13 @@ from swiftkv.metrics import count
 from swiftkv.serving import tracing
 from swiftkv.serving.engine import PoolEngine
 from swiftkv.serving.engine_log import EngineLog
+from swiftkv.serving.fetching import Fetching
 from swiftkv.serving.policy.stats import Doing
 from swiftkv.serving.prompts import TokenLengths, count_cached
 from swiftkv.serving.workload import PrefillWorkload
 
 
-class PrefillServer(PDPrefillServer):
+class PrefillServer(Fetching, PDPrefillServer):
     """An engine with the first half of a model, which fills KV for decode replicas."""
 
     async def __init__(self, llm_config: LLMConfig, *, kv_lease_s: float, **others: Any) -> None:  # type: ignore[misc]

@@ -1,7 +1,7 @@
-"""Turns the model of a pool's settings into a local folder that an engine can load.
+"""Finds the model of a pool's settings: a version of the registry, once and for all replicas, or a folder.
 
-Does not load the model or judge its quality.
-Called by: serving/app.py, serving/deploy.py, serving/checks.py. Calls: registry.
+Does not load the model, judge its quality or fetch it (serving/fetching.py does, on each node).
+Called by: serving/app.py, serving/deploy.py, serving/checks.py, serving/pools.py. Calls: registry.
 """
 
 import json
@@ -12,41 +12,37 @@ from typing import Any, TypeVar
 from swiftkv.config import home
 from swiftkv.engine.settings import EngineSettings, WeightsSource
 from swiftkv.errors import CheckpointError, ConfigError
-from swiftkv.serving.config import ModelSettings, PairSettings, PoolSettings
+from swiftkv.serving.config import ModelSettings, PairSettings, PoolSettings, PublishedVersion
 
 AnyModel = TypeVar("AnyModel", bound=ModelSettings)
 
-_in_use: list[object] = []
-"""Fetched versions: the node's cache evicts none of them while this process lives."""
-
 
 def resolve_model(settings: AnyModel) -> AnyModel:
-    """The same settings with `model` as the absolute path of a local folder and `model_id` filled in.
+    """The same settings with `model` as the absolute path of a folder, and `model_id` and `published` filled in.
 
-    A model of the registry is fetched and compared with its manifest, without its tensors if they are to be streamed;
-    a folder is taken as it is.
+    A model of the registry is looked up, and nothing of it is fetched: the path is where a node like this one has it
+    once it was. A folder is taken as it is. What was resolved before stays the same version.
     Raises: CheckpointError if a path is no checkpoint folder; ConfigError if one is to be streamed; RegistryError or
     its kinds from the registry.
     """
     source = _list_engines(settings)[0].streamed_from
-    if _looks_like_path(settings.model):
-        # A pool that was resolved before has its folder in `model`, and where to stream from in `engine`.
-        if settings.stream and source is None:
+    published = settings.published
+    if published is None and _looks_like_path(settings.model):
+        if settings.stream:
             raise ConfigError(f"model is the folder {settings.model}, and only a published version can be streamed.")
         folder = Path(settings.model).expanduser().absolute()
         _check_folder(folder, has_tensors=source is None)
         name = folder.name
     else:
-        registry = _open_registry(settings)
+        from swiftkv.registry.cache import locate_copy
+
+        published = published or _find_version(settings)
         if settings.stream:
-            fetched = registry.fetch_without_weights(settings.model)
-            source = WeightsSource(store=registry.location, reference=f"{fetched.name}@{fetched.version}")
-        else:
-            fetched = registry.fetch(settings.model)
-        _in_use.append(fetched)
-        folder, name = fetched.path.absolute(), fetched.name
-    named = settings.model_copy(update={"model": str(folder), "model_id": settings.model_id or name})
-    return _put_source(named, source)
+            source = WeightsSource(store=published.store, reference=published.reference)
+        folder = locate_copy(published.digest, with_weights=not settings.stream)
+        name = published.reference.partition("@")[0]
+    found = {"model": str(folder), "model_id": settings.model_id or name, "published": published}
+    return _put_source(settings.model_copy(update=found), source)
 
 
 def read_shape(settings: ModelSettings) -> Mapping[str, Any]:
@@ -54,12 +50,13 @@ def read_shape(settings: ModelSettings) -> Mapping[str, Any]:
 
     Raises: as `resolve_model`.
     """
-    if _looks_like_path(settings.model):
+    if settings.published is None and _looks_like_path(settings.model):
         folder = Path(settings.model).expanduser().absolute()
         _check_folder(folder, has_tensors=_list_engines(settings)[0].streamed_from is None)
         shape: Mapping[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         return shape
-    return _open_registry(settings).load_manifest(settings.model).spec
+    reference = settings.published.reference if settings.published else settings.model
+    return _open_registry(settings).load_manifest(reference).spec
 
 
 def list_references(settings: ModelSettings) -> list[str]:
@@ -74,10 +71,25 @@ def list_references(settings: ModelSettings) -> list[str]:
     return [f"{name}@{label}" for label in [*registry.list_aliases(name), *registry.list_versions(name)]]
 
 
+def _find_version(settings: ModelSettings) -> PublishedVersion:
+    registry = _open_registry(settings)
+    manifest = registry.load_manifest(settings.model)
+    return PublishedVersion(
+        store=registry.location,
+        reference=f"{manifest.name}@{manifest.version}",
+        digest=manifest.digest,
+        needs_base=any(not manifest.is_stored(entry) for entry in manifest.files),
+    )
+
+
 def _open_registry(settings: ModelSettings) -> Any:
     from swiftkv.registry.registry import Registry  # obstore is needed only here
 
-    return Registry(settings.store or home() / "registry")
+    if settings.published is not None:
+        return Registry(settings.published.store)
+    store = settings.store or str(home() / "registry")
+    # Other processes open it too, whose working folder is another.
+    return Registry(store if "://" in store else Path(store).expanduser().absolute())
 
 
 def _list_engines(settings: ModelSettings) -> list[EngineSettings]:

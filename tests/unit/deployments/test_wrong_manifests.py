@@ -74,7 +74,7 @@ WRONG = {
         SERVICE,
         f"{HEAD_POD}.volumes.0",
         {"name": "home", "hostPath": {"path": "/data"}},
-        "take a PersistentVolumeClaim",
+        "take a claim, or an emptyDir",
     ),
     "no limits": (SERVICE, f"{WORKER_POD}.containers.0.resources.limits", {}, "resources.limits lacks cpu, memory"),
     "GPUs that are asked for and not given": (
