@@ -14,6 +14,7 @@ import secrets
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from check import FOLDER, read_settings
@@ -89,8 +90,8 @@ def write_closed(path: Path, text: str) -> None:
     print(f"wrote {path}")
 
 
-def write_tenants(folder: Path) -> None:
-    """One tenant, whose key is shown now and never again."""
+def write_tenants(folder: Path, say: Callable[[str], object] = print) -> None:
+    """One tenant, whose key is said now and never again."""
     path = folder / "tenants.yaml"
     folder.mkdir(parents=True, exist_ok=True)
     if path.exists():
@@ -105,7 +106,7 @@ def write_tenants(folder: Path) -> None:
     )
     path.chmod(0o644)
     folder.chmod(0o755)
-    print(f"wrote {path}\nAPI key of the tenant `first`, shown only now: {key}")
+    say(f"wrote {path}\nAPI key of the tenant `first`, shown only now: {key}")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 import tomllib
 import venv
 from collections.abc import Iterable, Sequence
@@ -205,6 +206,7 @@ def run_contract(python: str, name: str, folder: Path) -> Result:
     command = [python, *tests] if tests[0].startswith("scripts/") else [
         python, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *tests
     ]  # fmt: skip
+    started = time.monotonic()
     with (folder / f"{name}.log").open("w", encoding="utf-8") as log:
         status = subprocess.run(
             command, cwd=REPOSITORY, env=environment, stdout=log, stderr=log, check=False
@@ -213,7 +215,7 @@ def run_contract(python: str, name: str, folder: Path) -> Result:
         return read_report(name, report.read_text(encoding="utf-8"))
     if "pytest" in command:
         return Result(name, 0, 0, 0, 0.0, f"pytest ended with {status}, see {log.name}")
-    return Result(name, int(status == 0), int(status != 0), 0, 0.0)
+    return Result(name, int(status == 0), int(status != 0), 0, time.monotonic() - started)
 
 
 def read_report(name: str, xml: str) -> Result:

@@ -1,6 +1,7 @@
-"""Starts one engine on a tiny random SwiftKV model and asks it for 4 tokens. CI runs it on a bare system.
+"""Starts one engine on a tiny random SwiftKV model and asks it for 4 tokens, and for 4 drawn at random.
 
-Compares with the Hugging Face model's tokens, so that an engine that starts but skips wrongly is found too.
+CI runs it on a bare system. Compares with the Hugging Face model's tokens, so that an engine that starts but skips
+wrongly is found too; what is drawn at random goes ways of vLLM's own that want a compiler.
 Called by: scripts/ci_chroot.sh. Calls: bench/models.py (the model), engine/llm.py.
 """
 
@@ -8,6 +9,7 @@ import os
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 NUM_TOKENS = 4
 
@@ -43,7 +45,19 @@ def generate_both(folder: Path) -> tuple[list[int], list[int]]:
             torch.tensor(prompts), max_new_tokens=NUM_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0
         )
     with run_engine(folder / "student", EngineSettings(dtype="float32", max_model_len=256, kv_cache_gib=0.1)) as llm:
-        return generate_tokens(llm, prompts, NUM_TOKENS)[0], ids[0, 40:].tolist()
+        greedy = generate_tokens(llm, prompts, NUM_TOKENS)[0]
+        drawn = draw_tokens(llm, prompts[0])
+        assert len(drawn) == NUM_TOKENS, drawn
+        return greedy, ids[0, 40:].tolist()
+
+
+def draw_tokens(llm: Any, prompt: list[int]) -> list[int]:
+    """Tokens drawn at random, with log probabilities."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=1.0, top_p=0.9, top_k=50, logprobs=3, max_tokens=NUM_TOKENS, ignore_eos=True)
+    (output,) = llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)
+    return list(output.outputs[0].token_ids)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,8 @@ class Block:
 
 def list_pages() -> list[Path]:
     """Every page of the site, and those that lie elsewhere: the README and the like."""
-    others = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "deployments").rglob("*.md"))]
+    others = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "docker/README.md")]
+    others += sorted((ROOT / "deployments").rglob("*.md"))
     return [*sorted(DOCS.rglob("*.md")), *others]
 
 

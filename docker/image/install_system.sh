@@ -6,8 +6,9 @@ set -eu
 case "$1:$DEVICE" in
     # ca-certificates: buckets and the hub over HTTPS. libnuma1: vLLM's CPU build loads it.
     run:cpu) packages="ca-certificates libnuma1 python3" ;;
-    # gcc and the headers: Triton compiles the launchers of its kernels when it first needs each.
-    run:cuda) packages="ca-certificates gcc libc6-dev libnuma1 python3 python3-dev" ;;
+    # g++ and the headers: Triton compiles the launchers of its kernels when it first needs each, and an engine that finds
+    # no compiler runs eager.
+    run:cuda) packages="ca-certificates g++ libnuma1 python3 python3-dev" ;;
     build:cpu | build:cuda) packages="python3-venv" ;;
     *) echo "DEVICE is '$DEVICE', and can be cpu or cuda." >&2; exit 1 ;;
 esac

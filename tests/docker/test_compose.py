@@ -229,7 +229,7 @@ def test_serve_config_is_what_serve_and_the_builders_accept(name: str, tmp_path:
     assert gateway["args"]["tenants_file"] == "/etc/swiftkv/tenants/tenants.yaml"
     gateway["args"]["tenants_file"] = str(filled / "tenants" / "tenants.yaml")
     applications = check_applications(config["applications"], name)
-    check_endpoint(config["http_options"], applications, name)
+    check_endpoint(config, applications, name)
     assert config["http_options"] == {"host": "0.0.0.0", "port": 8000}
     stores = {entry["args"].get("store") for entry in config["applications"][:-1]}
     assert stores == {SERVICES["seed"]["command"][-1]}

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import typer
 import yaml
+from ray.serve.schema import HTTPOptionsSchema
 from site_pages import ROOT, Block, find_blocks, list_pages
 
 from swiftkv.cli.main import app
@@ -157,7 +158,7 @@ def check_part_of_recipe(values: Any) -> None:
 
 def check_serve_config(values: Any) -> None:
     applications = check_applications(values["applications"], "the sample")
-    check_endpoint(values["http_options"], applications, "the sample")
+    check_endpoint(values, applications, "the sample")
 
 
 def check_policy_s_settings(values: Any) -> None:
@@ -170,6 +171,7 @@ CHECKS: dict[str, Callable[[Any], object]] = {
     "Recipe": lambda values: parse_settings(values, Recipe, "the sample"),
     "Recipe, part": check_part_of_recipe,
     "Serve config": check_serve_config,
+    "Endpoint": lambda values: HTTPOptionsSchema.model_validate(values["http_options"]),
     "Gateway args": lambda values: parse_settings(values, GatewaySettings, "the sample"),
     "Pool args": lambda values: parse_settings(values, PoolSettings, "the sample"),
     "Application's policy": check_policy_s_settings,

@@ -345,9 +345,8 @@ SERVE_CONFIGS = [
         POOLS,
         ("127.0.0.1", "0.0.0.0"),
         "http_options.host",
-        "error: deployments/serve/pools-laptop.yaml: http_options.host is 0.0.0.0, which others reach, and gateway "
-        "has no tenants_file, so whoever reaches it may use it. Give it one (`swiftkv key` makes keys), or the host "
-        "127.0.0.1.",
+        "error: deployments/serve/pools-laptop.yaml: gateway would answer whoever reaches 0.0.0.0 (http_options.host) "
+        "without asking for a key. Give it a tenants_file (`swiftkv key` makes keys), or give the host 127.0.0.1.",
     ),
     Wrong(
         "a tenants' file that is not there",
@@ -720,7 +719,7 @@ def shipped(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def root(shipped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of that as the current folder, where no command starts a cluster, reaches a network or meets a port."""
 
-    def start() -> NoReturn:
+    def start(*_: object, **__: object) -> NoReturn:
         raise Started
 
     def refuse(*_: object, **__: object) -> NoReturn:

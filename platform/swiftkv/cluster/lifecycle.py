@@ -24,6 +24,7 @@ import psutil
 from swiftkv.cluster import haproxy
 from swiftkv.cluster.ports import choose_ports
 from swiftkv.cluster.processes import MARK, end_processes, find_members, get_mark
+from swiftkv.cluster.tls import Tls
 from swiftkv.config import StrictModel, home
 from swiftkv.errors import ClusterError
 
@@ -40,9 +41,10 @@ SHORT_WAY = {
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
 }
 
-# Ray reads this on Linux too: when off, it leaves loopback addresses as they are instead of replacing them by
-# the machine's own, and every server of the cluster binds to 127.0.0.1 (Ray 2.60).
-_LOOPBACK_ONLY = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+# Ray reads this on Linux too: when off, it leaves loopback addresses as they are instead of replacing them by the
+# machine's own, and every server of the cluster but Serve's replicas binds to 127.0.0.1 (Ray 2.60). UCX, which moves KV
+# for NIXL, would listen on every network card.
+_LOOPBACK_ONLY = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "UCX_NET_DEVICES": "lo"}
 
 
 class Cluster(StrictModel):
@@ -59,6 +61,9 @@ class Cluster(StrictModel):
 
     folder: Path
     """Logs, sockets, token; removed when the cluster stops."""
+
+    tls: Tls | None = None
+    """Of its endpoint, which cannot get one later."""
 
     @property
     def token_path(self) -> Path:
@@ -81,10 +86,13 @@ class Cluster(StrictModel):
         }
 
 
-def start_cluster(num_cpus: int | None = None, object_store_bytes: int = 200_000_000) -> Cluster:
+def start_cluster(
+    num_cpus: int | None = None, object_store_bytes: int = 200_000_000, tls: Tls | None = None
+) -> Cluster:
     """A new cluster of one node with `num_cpus` logical CPUs (None: the cores this process may use).
 
-    It outlives this process; `stop_cluster` or `swiftkv down` ends it. Takes about 6 s on two cores.
+    `tls`: of the endpoint that Serve will have on it. It outlives this process; `stop_cluster` or `swiftkv down` ends
+    it. Takes about 6 s on two cores.
     Raises: ClusterError if one of ours is running already, or with the end of Ray's log if it did not start.
     """
     with _lock():
@@ -97,12 +105,13 @@ def start_cluster(num_cpus: int | None = None, object_store_bytes: int = 200_000
         folder = _make_folder()
         ports = choose_ports(10 + haproxy.NUM_PORTS)
         command = _start_command(num_cpus or len(os.sched_getaffinity(0)), object_store_bytes, folder, ports)
-        head = _start_head(command, folder, ports)
+        head = _start_head(command, folder, ports, tls)
         cluster = Cluster(
             pid=head.pid,
             address=f"127.0.0.1:{ports[0]}",
             dashboard_url=f"http://127.0.0.1:{ports[1]}",
             folder=folder,
+            tls=tls,
         )
         try:
             _write_record(cluster)
@@ -152,11 +161,11 @@ def find_processes(cluster: Cluster) -> list[psutil.Process]:
     return find_members(cluster.pid, str(cluster.folder))
 
 
-def _start_head(command: list[str], folder: Path, ports: list[int]) -> subprocess.Popen[bytes]:
+def _start_head(command: list[str], folder: Path, ports: list[int], tls: Tls | None) -> subprocess.Popen[bytes]:
     with (folder / "start.log").open("wb") as log:
         return subprocess.Popen(
             command,
-            env=_head_environment(folder, ports),
+            env=_head_environment(folder, ports, tls),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -193,7 +202,7 @@ def _start_command(num_cpus: int, object_store_bytes: int, folder: Path, ports: 
     return ray + flags + [word for option in options.items() for word in option]
 
 
-def _head_environment(folder: Path, ports: list[int]) -> dict[str, str]:
+def _head_environment(folder: Path, ports: list[int], tls: Tls | None) -> dict[str, str]:
     scratch = folder / "t"
     scratch.mkdir()
     return (
@@ -210,7 +219,7 @@ def _head_environment(folder: Path, ports: list[int]) -> dict[str, str]:
             # Ray keeps as many idle workers as CPUs; one that has built an application holds 0.5 GB.
             "RAY_num_workers_soft_limit": "0",
             "PYTHONUNBUFFERED": "1",
-            **haproxy.prepare_haproxy(folder, ports[10:]),
+            **haproxy.prepare_haproxy(folder, ports[10:], tls),
             **_LOOPBACK_ONLY,
             **SHORT_WAY,
         }

@@ -16,6 +16,7 @@ from pathlib import Path
 from swiftkv.cluster import haproxy
 from swiftkv.cluster.lifecycle import SHORT_WAY
 from swiftkv.cluster.ports import choose_ports
+from swiftkv.cluster.tls import Tls
 from swiftkv.errors import ClusterError
 
 GCS_PORT = 6379
@@ -40,11 +41,17 @@ class Node:
     environment: dict[str, str]
 
 
-def build_head(environment: Mapping[str, str], num_cpus: int, object_store_bytes: int, address: str | None) -> Node:
+def build_head(
+    environment: Mapping[str, str],
+    num_cpus: int,
+    object_store_bytes: int,
+    address: str | None,
+    tls: Tls | None = None,
+) -> Node:
     """The node that holds the cluster's state, the dashboard and the HTTP endpoint of Ray Serve.
 
     `num_cpus`: what of it replicas and jobs may take; 0 leaves all work to other nodes. `address`: where other nodes
-    reach it; None takes that of this host's name.
+    reach it; None takes that of this host's name. `tls`: of the endpoint.
     Raises: ClusterError without a token, or if the host's name has no address that others reach.
     """
     address = address or find_address()
@@ -57,7 +64,7 @@ def build_head(environment: Mapping[str, str], num_cpus: int, object_store_bytes
         "--include-dashboard": "true",
     }
     flags = ["--head", "--no-monitor"]  # the nodes are given: nothing scales them
-    own = haproxy.prepare_haproxy(folder, choose_ports(haproxy.NUM_PORTS))
+    own = haproxy.prepare_haproxy(folder, choose_ports(haproxy.NUM_PORTS), tls)
     return _build(environment, flags, options, num_cpus, object_store_bytes, address, own)
 
 

@@ -1,8 +1,10 @@
-"""Free ports of this machine. Reserves nothing: a port is free when asked, and taken by whoever binds it first.
+"""Free ports of this machine, and who reaches an address of it.
 
-Called by: cluster/lifecycle.py, serving/deploy.py.
+Reserves nothing: a port is free when asked, and taken by whoever binds it first.
+Called by: cluster/lifecycle.py, serving/deploy.py, serving/exposure.py.
 """
 
+import ipaddress
 import random
 import socket
 from contextlib import closing
@@ -37,3 +39,11 @@ def is_port_free(port: int) -> bool:
         except OSError:
             return False
         return True
+
+
+def is_loopback(host: str) -> bool:
+    """Whether nobody but this machine reaches what binds to `host`, an address or a name."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -18,6 +18,8 @@ EAGER_REASON = (
     "To compile: sudo apt install g++ python3-dev"
 )
 
+_NOTHING_COMPILED = {"TORCH_COMPILE_DISABLE": "1"}
+
 _COMPILE_TIMEOUT_S = 60
 _PROBE_SOURCE = (
     "#include <Python.h>\n#include <omp.h>\n#include <vector>\nint probe() { return omp_get_max_threads(); }\n"
@@ -31,6 +33,15 @@ def has_cxx_compiler() -> bool:
     a second the first time in a process and for each value of $CXX.
     """
     return _builds_extension(os.environ.get("CXX") or "g++")
+
+
+def build_environment() -> dict[str, str]:
+    """What an engine's process needs on this machine: without a compiler, that torch compiles nothing.
+
+    An eager vLLM still compiles a part of its sampler, and one of its log probabilities, when a request first needs
+    them, and the engine dies of it (vLLM 0.29, v1/sample/ops).
+    """
+    return {} if has_cxx_compiler() else dict(_NOTHING_COMPILED)
 
 
 @functools.cache

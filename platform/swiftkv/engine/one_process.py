@@ -5,12 +5,14 @@ The two then wait for each other at every step by spinning on shared memory with
 last one: on a machine of few cores everything else waits with them (jobs/LOG.md). They never work at the same time, as
 on a CPU a step is scheduled when the one before is done. So here the environment is that of the engine's process.
 Imports no vLLM.
-Called by: serving/pools.py, serving/engine.py, bench/serve/servers.py. Calls: engine/worker.py, by name.
+Called by: serving/pools.py, serving/engine.py, bench/serve/servers.py. Calls: engine/compiler.py; engine/worker.py, by
+name.
 """
 
 import os
 from typing import Any
 
+from swiftkv.engine import compiler
 from swiftkv.engine.settings import EngineSettings
 
 CORES_KEY = "SWIFTKV_ENGINE_CORES"
@@ -23,7 +25,7 @@ _SWITCH = "VLLM_ENABLE_V1_MULTIPROCESSING"
 
 def build_environment(num_threads: int, cores: str | None) -> dict[str, str]:
     """Environment of an engine with so many threads; `cores` as in `EngineSettings.cpu_cores`."""
-    environment = {_SWITCH: "0", "OMP_NUM_THREADS": str(num_threads)}
+    environment = {_SWITCH: "0", "OMP_NUM_THREADS": str(num_threads)} | compiler.build_environment()
     if cores is not None:
         environment[CORES_KEY] = ",".join(str(core) for core in list_cores(cores))
     return environment

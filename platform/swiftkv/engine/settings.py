@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from swiftkv.config import StrictModel
-from swiftkv.engine.compiler import has_cxx_compiler
+from swiftkv.engine import compiler
 
 SKIPPING_KEY = "swiftkv_skipping"
 """Key of vLLM's `additional_config` that switches skipping off when it is False; the default is on."""
@@ -99,7 +99,7 @@ class EngineSettings(StrictModel):
 
     def lacks_compiler(self) -> bool:
         """Whether the engine runs eager only because this machine has no C++ compiler, which users are told."""
-        return self.enforce_eager is None and not has_cxx_compiler()
+        return self.enforce_eager is None and not compiler.has_cxx_compiler()
 
     def is_eager(self) -> bool:
         """Whether the engine runs without compiling, on this machine."""
@@ -140,5 +140,6 @@ class EngineSettings(StrictModel):
         return arguments | ({"additional_config": own} if own else {})
 
     def build_environment(self) -> dict[str, str]:
-        """The settings that vLLM's CPU build reads from the environment of the engine's process."""
-        return {} if self.cpu_cores is None else {"VLLM_CPU_OMP_THREADS_BIND": self.cpu_cores}
+        """What vLLM's CPU build and torch read from the environment of the engine's process."""
+        cores = {} if self.cpu_cores is None else {"VLLM_CPU_OMP_THREADS_BIND": self.cpu_cores}
+        return cores | compiler.build_environment()

@@ -1,7 +1,7 @@
 """Builds Serve applications: one model behind our ingress, or a version without one, for the gateway to call.
 
 Called by: Ray Serve, through the import paths `swiftkv.serving.app:build_…` of a config file.
-Calls: serving/source.py, serving/checks.py, serving/pools.py, serving/ingress.py.
+Calls: serving/source.py, serving/checks.py, serving/exposure.py, serving/pools.py, serving/ingress.py.
 """
 
 from ray import serve
@@ -9,6 +9,7 @@ from ray.serve.llm import LLMConfig
 
 from swiftkv.serving.checks import check_model
 from swiftkv.serving.config import PairSettings, PoolSettings
+from swiftkv.serving.exposure import ADD_GATEWAY, check_listening
 from swiftkv.serving.ingress import build_ingress, build_model_card
 from swiftkv.serving.pools import build_pair, build_pool
 from swiftkv.serving.source import AnyModel, resolve_model
@@ -20,13 +21,16 @@ INGRESS_MAX_ONGOING_REQUESTS = 1000
 def build_app(settings: PoolSettings) -> serve.Application:
     """The application that answers OpenAI requests for one model from one pool.
 
-    Raises: what `resolve_model` raises; ConfigError if its devices cannot hold the model.
+    Raises: what `resolve_model` raises; ConfigError if its devices cannot hold the model, or others reach it: it asks
+    for no key.
     """
+    check_listening(settings.model, ADD_GATEWAY)
     return _add_ingress(*build_pool(_resolve(settings)))
 
 
 def build_pair_app(settings: PairSettings) -> serve.Application:
     """The same from a prefill pool and a decode pool."""
+    check_listening(settings.model, ADD_GATEWAY)
     return _add_ingress(*build_pair(_resolve(settings)))
 
 

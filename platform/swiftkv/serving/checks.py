@@ -2,22 +2,23 @@
 
 Looks at the file, the registry, the store of usage records and what a cluster says it has. Settings that disagree
 within one pool or pair are refused by their own classes (config.py). Starts and fetches nothing.
-Called by: cli/serve.py, serving/deploy.py. Calls: source.py, hardware.py, placement.py, policy_check.py,
+Called by: cli/serve.py, serving/deploy.py. Calls: source.py, exposure.py, hardware.py, placement.py, policy_check.py,
 gateway/tenants.py, registry/storage.py.
 """
 
 import difflib
-import ipaddress
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from swiftkv.cluster import read_tls
 from swiftkv.config import StrictModel, parse_settings
 from swiftkv.engine.settings import EngineSettings
 from swiftkv.errors import CheckpointError, ConfigError, RegistryError
 from swiftkv.serving.config import ModelSettings, PairedPool, PairSettings, PoolSettings
+from swiftkv.serving.exposure import ADD_GATEWAY, ADD_TENANTS, check_address
 from swiftkv.serving.gateway.settings import GatewaySettings
 from swiftkv.serving.gateway.tenants import Tenant, load_tenants
 from swiftkv.serving.hardware import (
@@ -42,6 +43,9 @@ SETTINGS: dict[str, type[StrictModel]] = {
     "swiftkv.serving.rollout.app:build_rollout_app": RolloutSettings,
 }
 """What the `args` of our applications are, by import path."""
+
+KEYLESS = ("swiftkv.serving.app:build_app", "swiftkv.serving.app:build_pair_app")
+"""Those that answer HTTP without asking for a key."""
 
 Applications = dict[str, StrictModel]
 """Settings of those applications of a file that are ours, by their names there."""
@@ -68,7 +72,7 @@ def check_config(config: Mapping[str, Any], source: str) -> None:
     """
     applications = check_applications(config["applications"], source)
     _check_keys(config, source)
-    check_endpoint(config.get("http_options") or {}, applications, source)
+    check_endpoint(config, applications, source)
     for name, settings in applications.items():
         if isinstance(settings, PoolSettings | PairSettings):
             check_model(settings, f"{source}: application {name}")
@@ -106,17 +110,19 @@ def check_applications(entries: Sequence[Any], source: str) -> Applications:
     return applications
 
 
-def check_endpoint(options: Mapping[str, Any], applications: Applications, source: str) -> None:
-    """Raises: ConfigError for a port that is none, or an address that others reach and a gateway without keys."""
+def check_endpoint(config: Mapping[str, Any], applications: Applications, source: str) -> None:
+    """Raises: ConfigError for a port that is none, a certificate that cannot be used, or no keys where others reach."""
+    options = config.get("http_options") or {}
     host, port = str(options.get("host", "127.0.0.1")), options.get("port", 8000)
     if not isinstance(port, int) or not 1 <= port <= 65535:
         raise ConfigError(f"{source}: http_options.port is {port!r}; give a number from 1 to 65535.")
+    read_tls(options, f"{source}: http_options")
     for name, settings in applications.items():
-        if isinstance(settings, GatewaySettings) and settings.tenants_file is None and not _is_loopback(host):
-            raise ConfigError(
-                f"{source}: http_options.host is {host}, which others reach, and {name} has no tenants_file, so "
-                "whoever reaches it may use it. Give it one (`swiftkv key` makes keys), or the host 127.0.0.1."
-            )
+        if isinstance(settings, GatewaySettings) and settings.tenants_file is None:
+            check_address(host, f"{source}: {name}", ADD_TENANTS)
+    for entry in config["applications"]:
+        if entry.get("import_path") in KEYLESS:
+            check_address(host, f"{source}: {entry['name']}", ADD_GATEWAY)
 
 
 def check_model(settings: ModelSettings, place: str) -> None:
@@ -311,10 +317,3 @@ def _build_demand(pool: Pool, replicas: int | None = None) -> Demand:
         num_cpus=pool.settings.num_cpus,
         num_gpus=0 if hardware == CPU else pool.engine.tensor_parallel_size,
     )
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

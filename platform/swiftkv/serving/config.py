@@ -7,8 +7,9 @@ Calls: engine/settings.py, serving/hardware.py.
 
 import math
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from swiftkv.cluster import is_loopback
 from swiftkv.config import StrictModel
 from swiftkv.engine.settings import EngineSettings
 from swiftkv.serving.hardware import CPU, check_engine
@@ -69,10 +70,17 @@ class ServeSettings(PoolSettings):
     """A pool, and where its HTTP endpoint listens."""
 
     host: str = "127.0.0.1"
-    """Address to bind. There is no authentication yet: anything but loopback is open to whoever reaches it."""
+    """Address to bind; of loopback, because a pool asks nobody for a key."""
 
     port: int = Field(default=8000, ge=1, le=65535)
     """Port of the OpenAI-compatible endpoint."""
+
+    @field_validator("host")
+    @classmethod
+    def _check_host(cls, host: str) -> str:
+        if not is_loopback(host):
+            raise ValueError(f"{host} is an address that others reach, and a pool asks nobody for a key")
+        return host
 
     @property
     def base_url(self) -> str:

@@ -15,7 +15,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from swiftkv.cluster import Cluster, RemoteCluster, is_port_free
+from swiftkv.cluster import Cluster, RemoteCluster, Tls, find_haproxy, is_port_free, read_tls, speaks_tls
 from swiftkv.errors import ClusterError, ConfigError, EngineError
 from swiftkv.serving.checks import Applications, check_applications, check_placement
 from swiftkv.serving.config import ServeSettings
@@ -53,6 +53,7 @@ def deploy(cluster: Cluster, settings: ServeSettings, on_progress: Progress = la
     settings = resolve_model(settings)
     client = connect(cluster)
     _check_endpoint(client, settings.host, settings.port, "--port", is_here=True)
+    _check_tls(cluster, None)
     _check_resources(cluster, {APPLICATION: settings})
     on_progress("building the application")
     client.deploy_applications(build_serve_config(settings))
@@ -67,13 +68,19 @@ def deploy_config(cluster: AnyCluster, config: dict[str, Any], on_progress: Prog
 
     Applications that are already deployed and not in the config are removed, as `serve deploy` does; unlike there, what
     a rollout of the config has running stays.
-    Raises: ConfigError if Serve refuses the config, the port is taken or the cluster too small; ClusterError if the
-    cluster does not answer; EngineError with the replica's own error lines if an application does not start.
+    Raises: ConfigError if Serve refuses the config, the port is taken, the cluster too small or started with another
+    certificate; ClusterError if the cluster does not answer; EngineError with the replica's own error lines if an
+    application does not start.
     """
     client = connect(cluster)
-    options = config.get("http_options") or {}
+    options = dict(config.get("http_options") or {})
     host, port = options.get("host", "127.0.0.1"), options.get("port", 8000)
+    tls = read_tls(options, "http_options")
     _check_endpoint(client, host, port, "http_options.port", is_here=isinstance(cluster, Cluster))
+    _check_tls(cluster, tls)
+    if tls is not None and find_haproxy():
+        # HAProxy has it. In the options it would make the replicas behind speak TLS too, which HAProxy does not expect.
+        options = {name: value for name, value in options.items() if not name.startswith("ssl_")}
     applications = check_applications(config["applications"], "Serve config")
     _check_resources(cluster, applications)
     rollouts = {name: found for name, found in applications.items() if isinstance(found, RolloutSettings)}
@@ -89,7 +96,9 @@ def deploy_config(cluster: AnyCluster, config: dict[str, Any], on_progress: Prog
     for name, rollout in rollouts.items():
         _wait_for_version(client, name, rollout, on_progress)
     _wait_until_running(client, cluster, names, on_progress)  # the gateway has its routes
-    return f"http://{host}:{port}/v1"
+    if tls is not None and not speaks_tls(host, port):
+        raise ClusterError(f"{host}:{port} answers without TLS, although http_options name a certificate.")
+    return f"{'http' if tls is None else 'https'}://{host}:{port}/v1"
 
 
 def undeploy(cluster: Cluster) -> None:
@@ -138,6 +147,19 @@ def _check_endpoint(client: Any, host: str, port: int, place: str, is_here: bool
             )
     elif is_here:
         check_port(port, place)
+
+
+def _check_tls(cluster: AnyCluster, tls: Tls | None) -> None:
+    if isinstance(cluster, RemoteCluster):
+        if tls is not None:
+            raise ConfigError(
+                "http_options name a certificate, which is the head's to have on a cluster of several nodes: take "
+                "ssl_certfile and ssl_keyfile out, and start the head with them (swiftkv node head --ssl-certfile FILE "
+                "--ssl-keyfile FILE), or end TLS before it."
+            )
+    elif cluster.tls != tls:
+        had = f"with the certificate {cluster.tls.ssl_certfile}" if cluster.tls else "without TLS"
+        raise ConfigError(f"the cluster that runs was started {had}. Stop it with `swiftkv down` first.")
 
 
 def _check_resources(cluster: AnyCluster, applications: Applications) -> None:

@@ -6,9 +6,12 @@ Called by: serving/server.py, serving/prefill.py, serving/decode.py.
 """
 
 import asyncio
+import os
 from typing import Any
 
+from ray.llm._internal.serve.constants import ENV_VARS_TO_PROPAGATE
 from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
+from ray.serve.llm import LLMConfig
 
 # NIXL configures Python's logging when it is imported, which closes what Serve logs to. Serve asks for that file's name
 # when its controller comes back, and takes a replica without one for dead; so it is imported before Serve opens it.
@@ -21,6 +24,13 @@ from swiftkv.serving.costs import CostReader
 
 class PoolEngine(VLLMEngine):
     """The engine of one replica."""
+
+    def __init__(self, llm_config: LLMConfig) -> None:
+        # Ray Serve LLM hands the hub's token on in a runtime environment, which Ray's agent writes into its log.
+        # Engines read local folders and never ask the hub.
+        for name in ENV_VARS_TO_PROPAGATE:
+            os.environ.pop(name, None)
+        super().__init__(llm_config)
 
     def _start_async_llm_engine(self, engine_args: Any, engine_config: Any, placement_group: Any) -> Any:
         self._costs = CostReader()

@@ -2,7 +2,7 @@
 
 Configures only. Model versions are Serve applications of their own, called by their handles.
 Called by: Ray Serve, through the import path `swiftkv.serving.gateway.app:build_gateway_app` of a config file.
-Calls: gateway/routes.py, gateway/admission_server.py, serving/tracing.py.
+Calls: gateway/routes.py, gateway/admission_server.py, serving/exposure.py, serving/tracing.py.
 """
 
 import asyncio
@@ -13,6 +13,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from swiftkv.serving import tracing
+from swiftkv.serving.exposure import ADD_TENANTS, check_listening
 from swiftkv.serving.gateway.admission_server import AdmissionServer, HandleAdmission
 from swiftkv.serving.gateway.settings import GatewaySettings
 
@@ -28,7 +29,10 @@ def build_gateway_app(settings: GatewaySettings) -> serve.Application:
 
     Serve replaces all replicas of an application whose `args` change. Routes, capacities and limits change without
     that if `args` stay and the config file's `deployments` are those of `build_overrides`.
+    Raises: ConfigError without tenants where others reach it.
     """
+    if settings.tenants_file is None:
+        check_listening("the gateway", ADD_TENANTS)
     values = settings.model_dump(mode="json")
     admission = serve.deployment(
         AdmissionServer,
