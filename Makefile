@@ -33,7 +33,7 @@ serve: setup  ## Serve a published model until Ctrl-C (MODEL=name, the quickstar
 	@$(BIN)/swiftkv serve $(or $(MODEL),quickstart)
 
 test: setup  ## Every test that a CPU machine runs (ARGS=... goes to pytest)
-	@$(BIN)/python -m pytest -m "not soak and not gpu" $(ARGS)
+	@$(BIN)/python -m pytest $(ARGS)
 
 soak: setup  ## The long forms of the tests
 	@$(BIN)/python -m pytest -m "soak and not gpu" $(ARGS)
