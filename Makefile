@@ -50,8 +50,9 @@ format: setup  ## Rewrite the sources in the one format
 dashboards: setup  ## Write Grafana's and Prometheus' files again from dashboards/*.py
 	@$(BIN)/python dashboards/write.py
 
-manifests: setup  ## Write the Kubernetes manifests that repeat other files again
+manifests: setup  ## Write the Kubernetes manifests that repeat other files again, and check all of them
 	@$(BIN)/python deployments/kubernetes/write.py
+	@$(BIN)/python tests/manifests.py
 
 references: setup  ## Write the generated pages of docs/ again, from the code that they describe
 	@$(BIN)/python scripts/pages/write.py

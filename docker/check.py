@@ -32,6 +32,12 @@ SECRETS = {
 """Characters that each needs at least."""
 OPTIONAL = ("SWIFTKV_BASE_IMAGE", "SWIFTKV_GPUS")
 """May be empty: for building only, or for one profile only."""
+SERVED = {
+    "host": ("0.0.0.0", "http_options"),
+    "port": ("8000", "http_options"),
+    "tenants_file": ("/etc/swiftkv/tenants/tenants.yaml", "the gateway's args"),
+}
+"""What a Serve config must say to be reached here, and where."""
 OWN_STORE = "http://store:8333"
 
 _SIZE = re.compile(r"(\d+)([kmg])b?", flags=re.IGNORECASE)
@@ -175,7 +181,7 @@ def check_images(settings: dict[str, str]) -> list[str]:
 
 def check_files(settings: dict[str, str], folder: Path) -> list[str]:
     """What the settings name is there, and secrets are secrets."""
-    faults = []
+    faults = check_folders(settings, folder)
     found = {}
     for name, characters in SECRETS.items():
         value = settings.get(name)
@@ -190,7 +196,7 @@ def check_files(settings: dict[str, str], folder: Path) -> list[str]:
     if config and not (folder / config).is_file():
         faults.append(f"SWIFTKV_SERVE_CONFIG is {config}, and there is no such file; docker/serve has two.")
     elif config:
-        faults += check_readable("SWIFTKV_SERVE_CONFIG", folder / config)
+        faults += check_readable("SWIFTKV_SERVE_CONFIG", folder / config) or check_serve_config(config, folder / config)
     tenants = settings.get("SWIFTKV_TENANTS_FOLDER")
     if tenants and not (folder / tenants / "tenants.yaml").is_file():
         faults.append(
@@ -202,10 +208,36 @@ def check_files(settings: dict[str, str], folder: Path) -> list[str]:
     return faults
 
 
+def check_serve_config(name: str, path: Path) -> list[str]:
+    """It must be one for this stack: reached from outside its container, and by tenants only."""
+    text = re.sub(r"(^|\s)#.*", "", path.read_text(encoding="utf-8"))
+    missing = [
+        f"{key}: {value} in {place}"
+        for key, (value, place) in SERVED.items()
+        if not re.search(rf"(?m)(^|[\s{{,]){key}:\s*[\"']?{re.escape(value)}[\"']?\s*([,}}]|$)", text)
+    ]
+    if not missing:
+        return []
+    return [f"SWIFTKV_SERVE_CONFIG is {name}, which lacks {', '.join(missing)}; write it so, as serve/cpu.yaml does."]
+
+
 def check_readable(name: str, *paths: Path) -> list[str]:
     """Containers read files as users of their own."""
     closed = [path for path in paths if not path.stat().st_mode & stat.S_IROTH]
     return [f"{name}: the containers' own users cannot read {path}; chmod -R o+rX {path}" for path in closed]
+
+
+def check_folders(settings: dict[str, str], folder: Path) -> list[str]:
+    """Containers can read each secret, so that the folder must keep others of this machine out."""
+    names: dict[Path, list[str]] = {}
+    for name in (*SECRETS, "S3_IDENTITIES_FILE"):
+        path = folder / settings.get(name, "")
+        if path.is_file() and path.parent.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+            names.setdefault(path.parent, []).append(name)
+    return [
+        f"{', '.join(found)}: others of this machine may enter {place}; chmod 700 {place}"
+        for place, found in names.items()
+    ]
 
 
 def check_secret(name: str, path: Path, characters: int) -> str | None:
@@ -228,11 +260,9 @@ def check_secret(name: str, path: Path, characters: int) -> str | None:
 
 
 def check_place(name: str, path: Path) -> str | None:
-    """What is wrong with where a secret lies and who may read it; None if nothing is."""
+    """What is wrong with a secret's file; None if nothing is."""
     if not path.is_file():
         return f"{name} is {path}, and there is no such file; make env writes those that are missing."
-    if path.parent.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
-        return f"{name} lies in {path.parent}, which others of this machine may enter; chmod 700 {path.parent}"
     if not path.stat().st_mode & stat.S_IROTH:
         return f"{name} is {path}, which the containers' own users cannot read; chmod 644 {path} (its folder is closed)"
     return None

@@ -7,12 +7,20 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+QUANTITY = r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?$"
+NAME = r"^[a-z0-9][a-z0-9.-]{0,62}$"
+FORMS = {
+    QUANTITY: "a number, and where it has a unit one of m, k, M, G, T, Ki, Mi, Gi, Ti, without a space: 500m, 512Mi",
+    NAME: "at most 63 small letters, digits, - and ., of which the first is a letter or digit",
+}
+"""Patterns in words."""
+
 Labels = dict[str, str]
-Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?$")]
+Quantity = Annotated[str, Field(pattern=QUANTITY)]
 Quantities = dict[str, Quantity]
 Port = Annotated[int, Field(ge=1, le=65535)]
 PortName = Annotated[str, Field(pattern=r"^[a-z0-9-]{1,15}$")]
-Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]{0,62}$")]
+Name = Annotated[str, Field(pattern=NAME)]
 
 
 class Kind(BaseModel):

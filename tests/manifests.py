@@ -1,16 +1,23 @@
 """Says what is wrong with the manifests of deployments/kubernetes, without a cluster.
 
+    python tests/manifests.py [OVERLAY ...]      folders, of which all are looked at if none is named
+
 First their fields (kubernetes_kinds.py, operator_kinds.py), then what holds between objects: that names lead somewhere,
 ports agree, selectors find pods, pods may do little and say what they need, and a Serve config finds what it names.
 Does not know what only a cluster can tell: whether an image starts, a storage class exists, a node has the label.
+Called by: the Makefile, tests.
 """
 
 import difflib
+import importlib.util
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import kustomize
 import yaml
 from operator_kinds import find_wrong_fields
 
@@ -21,6 +28,9 @@ Manifest = dict[str, Any]
 
 AGENT_PORT = 52365
 """Of the agent beside each raylet, which answers /api/healthz without a token."""
+
+GPU_LABEL = "nvidia.com/gpu.product"
+"""Of nodes, by GPU feature discovery."""
 
 SECRETS = {
     "swiftkv-ray-token": {"auth_token"},
@@ -55,6 +65,36 @@ class PodOf:
         }
 
 
+def main(overlays: Sequence[str]) -> int:
+    """Prints what is wrong. Returns the exit status: 0 if nothing is."""
+    shipped = Path(__file__).parents[1] / "deployments" / "kubernetes" / "overlays"
+    folders = [Path(name) for name in overlays] or sorted(shipped.iterdir())
+    faults = find_stale_files(folders[0].parents[1])
+    for folder in folders:
+        faults += [f"overlay {folder.name}: {fault}" for fault in find_overlay_faults(folder)]
+    for fault in faults:
+        print(fault, file=sys.stderr)
+    return 1 if faults else 0
+
+
+def find_stale_files(folder: Path) -> list[str]:
+    """What `make manifests` would write otherwise in deployments/kubernetes."""
+    spec = importlib.util.spec_from_file_location("write_manifests", folder / "write.py")
+    assert spec is not None and spec.loader is not None
+    write = importlib.util.module_from_spec(spec)  # dashboards/write.py has its name too
+    spec.loader.exec_module(write)
+    found: list[str] = write.find_stale_files()
+    return found
+
+
+def find_overlay_faults(folder: Path) -> list[str]:
+    """What is wrong with the objects of an overlay, or why kustomize would not build it."""
+    try:
+        return find_faults(kustomize.build(folder))
+    except ValueError as error:
+        return [str(error)]
+
+
 def find_faults(objects: Sequence[Manifest]) -> list[str]:
     """All that is wrong, each with its place and what to do; where fields are wrong, only those."""
     if faults := [fault for each in objects for fault in find_wrong_fields(each)]:
@@ -64,6 +104,7 @@ def find_faults(objects: Sequence[Manifest]) -> list[str]:
         _check_images,
         _check_security,
         _check_resources,
+        _check_gpus,
         _check_names,
         _check_probes,
         _check_clusters,
@@ -139,6 +180,14 @@ def _check_security(objects: Sequence[Manifest], pods: Sequence[PodOf]) -> Itera
         capabilities = security.get("capabilities", {})
         if "ALL" not in capabilities.get("drop", []) or capabilities.get("add"):
             yield f"{place}: keeps capabilities; set securityContext.capabilities to {{drop: [ALL]}}."
+
+
+def _check_gpus(objects: Sequence[Manifest], pods: Sequence[PodOf]) -> Iterator[str]:
+    """Ray calls GPUs by their type, which only the node's label tells."""
+    for pod in pods:
+        has_gpus = "nvidia.com/gpu" in pod.ray.get("resources", {}).get("limits", {})
+        if has_gpus and GPU_LABEL not in pod.spec.get("nodeSelector", {}):
+            yield f"{pod.place}: takes GPUs of any type; set nodeSelector.{GPU_LABEL}, such as NVIDIA-H100-80GB-HBM3."
 
 
 def _check_resources(objects: Sequence[Manifest], pods: Sequence[PodOf]) -> Iterator[str]:
@@ -252,15 +301,26 @@ def _check_clusters(objects: Sequence[Manifest], pods: Sequence[PodOf]) -> Itera
             yield f'{place}: work may be placed on the head; set headGroupSpec.rayStartParams.num-cpus to "0".'
         redis = cluster.get("gcsFaultToleranceOptions", {}).get("redisPassword", {"valueFrom": {}})
         if "valueFrom" not in redis:
-            yield f"{place}: gcsFaultToleranceOptions shows Redis' password; take it from a Secret (valueFrom)."
+            yield f"{place}: gcsFaultToleranceOptions.redisPassword is written out; take it from a Secret (valueFrom)."
         is_scaled = cluster.get("enableInTreeAutoscaling", False)
         if is_scaled != bool(head["template"]["spec"].get("automountServiceAccountToken", True)):
             yield (
                 f"{place}: the head's automountServiceAccountToken must be true where the autoscaler runs beside it, "
                 "and false elsewhere."
             )
+        if (kind := head.get("serviceType", "ClusterIP")) != "ClusterIP":
+            yield (
+                f"{place}: headGroupSpec.serviceType {kind} shows the dashboard, where jobs are sent to, outside the "
+                "cluster; remove it, and reach it with kubectl port-forward."
+            )
         for group in cluster.get("workerGroupSpecs", []):
-            if not is_scaled and not group["minReplicas"] == group.get("replicas") == group["maxReplicas"]:
+            sizes = [group["minReplicas"], group.get("replicas", group["minReplicas"]), group["maxReplicas"]]
+            if sizes != sorted(sizes):
+                yield (
+                    f"{place}, {group['groupName']}: minReplicas {sizes[0]}, replicas {sizes[1]} and maxReplicas "
+                    f"{sizes[2]} are not in rising order; raise maxReplicas, or lower what is above it."
+                )
+            elif not is_scaled and not group["minReplicas"] == group.get("replicas") == group["maxReplicas"]:
                 yield (
                     f"{place}, {group['groupName']}: replicas, minReplicas and maxReplicas differ, and nothing "
                     "chooses; make them equal or set enableInTreeAutoscaling."
@@ -316,7 +376,7 @@ def list_nodes(found: Manifest) -> list[dict[str, float]]:
             continue
         limits = pod.ray.get("resources", {}).get("limits", {})
         node = {"CPU": _amount(limits.get("cpu", "0")), "GPU": _amount(limits.get("nvidia.com/gpu", "0"))}
-        product = pod.spec.get("nodeSelector", {}).get("nvidia.com/gpu.product")
+        product = pod.spec.get("nodeSelector", {}).get(GPU_LABEL)
         if product:
             node[f"accelerator_type:{product.split('-')[1]}"] = 1.0
         nodes += [node] * pod.most
@@ -460,3 +520,7 @@ def _amount(quantity: str) -> float:
     factors = {"": 1, "m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
     factors |= {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
     return float(found[1]) * factors[found[2]]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 from kubernetes_kinds import (
+    FORMS,
     ConfigMap,
     ContainerSecurity,
     Ingress,
@@ -35,8 +36,12 @@ from kubernetes_kinds import (
 )
 from pydantic import BaseModel, Field, ValidationError
 
-RayName = Annotated[str, Field(pattern=r"^[a-z]([a-z0-9-]{0,45}[a-z0-9])?$")]
+from swiftkv.config import describe_fault
+
+RAY_NAME = r"^[a-z]([a-z0-9-]{0,45}[a-z0-9])?$"
+RayName = Annotated[str, Field(pattern=RAY_NAME)]
 """KubeRay makes names of Services of them."""
+FORMS = {**FORMS, RAY_NAME: "at most 47 small letters, digits and -, of which the first is a letter and the last no -"}
 Duration = Annotated[str, Field(pattern=r"^[0-9]+[smh]$")]
 
 
@@ -84,7 +89,7 @@ class HeadGroup(Kind):
     template: PodTemplate
     labels: Labels = Field(default={})
     resources: Labels = Field(default={})
-    serviceType: Literal["ClusterIP"] | None = None
+    serviceType: Literal["ClusterIP", "NodePort", "LoadBalancer"] | None = None
     headService: Any = None
     enableIngress: Any = None
     ingressOptions: Any = None
@@ -266,7 +271,8 @@ def _describe(problem: Any, kind: type[BaseModel]) -> str:
         return f"{place}: no such field; nearest: {', '.join(nearest)}. Fields there: {', '.join(allowed)}."
     if problem["type"] == "missing":
         return f"{place}: missing; add it."
-    return f"{place}: {problem['msg']} (given: {problem['input']!r})."
+    form = FORMS.get(problem.get("ctx", {}).get("pattern"))
+    return f"{place}: {f'should be {form}' if form else describe_fault(problem)} (given: {problem['input']!r})."
 
 
 def _list_fields(kind: Any, location: Sequence[int | str]) -> list[str]:

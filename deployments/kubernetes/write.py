@@ -4,6 +4,7 @@ overlays/*/serve.yaml         the Serve config of a RayService, from deployments
 overlays/standing-8xh100      a RayCluster with the pods of the distillation's, on demand
 monitoring/rules.yaml         Prometheus' rules as its operator takes them, from dashboards/prometheus
 Reads the bucket from a serve.yaml that is there already, so that it may be filled in by hand.
+Called by: the Makefile, tests.
 """
 
 import re
@@ -24,6 +25,8 @@ SERVED = {
 }
 """By overlay, the file of deployments/serve that it serves."""
 
+RULES = "monitoring/rules.yaml"
+
 NO_BUCKET = "s3://BUCKET/FOLDER"
 """What someone has to fill in."""
 
@@ -40,8 +43,24 @@ def build_files() -> dict[str, str]:
     """The content of each file, by its path below this folder."""
     files = {f"overlays/{overlay}/serve.yaml": build_serve_patch(overlay) for overlay in SERVED}
     files["overlays/standing-8xh100/raycluster.yaml"] = _build_cluster()
-    files["monitoring/rules.yaml"] = _build_rules()
+    files[RULES] = _build_rules()
     return files
+
+
+def find_stale_files() -> list[str]:
+    """What is wrong with those files as they are now, each with what to do."""
+    return [
+        f"{path}: is not what `make manifests` writes from {_name_source(path)}; edit that instead, and run it."
+        for path, content in build_files().items()
+        if not (FOLDER / path).is_file() or (FOLDER / path).read_text(encoding="utf-8") != content
+    ]
+
+
+def _name_source(path: str) -> str:
+    overlay = path.split("/")[1]
+    if overlay in SERVED:
+        return f"deployments/serve/{SERVED[overlay]}"
+    return "dashboards/prometheus" if path == RULES else "overlays/distill-8xh100/rayjob.yaml"
 
 
 def build_serve_patch(overlay: str) -> str:

@@ -318,9 +318,8 @@ def test_a_loss_that_is_not_a_number_publishes_nothing(
     cluster: Cluster, undisturbed: Path, home: Path, long_inputs: list[str]
 ) -> None:
     folder = home / "diverged"
-    result = swiftkv(
-        home, "distill", RECIPE, "--output", folder, *long_inputs, "--set", "training.learning_rate=1.0e+30"
-    )
+    beyond_float32 = ["--set", "training.hidden_loss_weight=1.0e+39"]
+    result = swiftkv(home, "distill", RECIPE, "--output", folder, *long_inputs, *beyond_float32)
     assert result.returncode == 2
     assert "the loss is" in result.stderr or "norm is" in result.stderr
     assert "diverged-batch.npz" in result.stderr and "Traceback" not in result.stderr

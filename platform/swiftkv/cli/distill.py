@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from swiftkv.cluster import Cluster, RemoteCluster, find_cluster, start_cluster, stop_cluster
-from swiftkv.errors import ConfigError
+from swiftkv.errors import CheckpointError, ConfigError, DataError
 
 if TYPE_CHECKING:
     from swiftkv.distill.recipe import Recipe
@@ -58,7 +58,11 @@ def distill(
             "on another cluster, give --output, --resume or --stop an absolute folder that its nodes see."
         )
     if dry_run and recipe is not None:
-        _print_plan(_load(recipe, overrides), device)
+        resolved = _load(recipe, overrides)
+        with _naming(recipe):
+            if address is None and resolved.teacher.is_dir():
+                _check_inputs(resolved)
+            _print_plan(resolved, device)
     elif stop is not None:
         _stop(stop.absolute(), address)
     elif resume is not None:
@@ -68,7 +72,7 @@ def distill(
         run_folder = (output or Path("runs") / recipe.stem).absolute()
         resolved = _load(recipe, overrides)
         if address is None and not (follow and _find_running(run_folder)):
-            _check(resolved, run_folder)
+            _check(recipe, resolved, run_folder)
         words = [str(recipe), "--output", str(run_folder)]
         words += [word for assignment in overrides or [] for word in ("--set", assignment)]
         workers = resolved.workers
@@ -81,21 +85,36 @@ def _load(recipe: Path, overrides: list[str] | None) -> "Recipe":
     return load_recipe(recipe, parse_overrides(overrides or []))
 
 
-def _check(resolved: "Recipe", run_folder: Path) -> None:
+@contextmanager
+def _naming(recipe: Path) -> Iterator[None]:
+    """Puts the recipe's file before what is wrong with what it asks for."""
+    try:
+        yield
+    except (CheckpointError, ConfigError, DataError) as error:
+        raise type(error)(f"{recipe}: {error}") from error
+
+
+def _check(recipe: Path, resolved: "Recipe", run_folder: Path) -> None:
     """Everything that can be found wrong before a cluster or a GPU is taken.
 
     Of a teacher on the hub that is its config; the job looks at the rest before its workers start.
     """
     from swiftkv.distill.folder import check_run_folder
-    from swiftkv.distill.inputs import check_inputs
     from swiftkv.distill.teachers import load_teacher_spec
 
     check_run_folder(run_folder)
-    spec = load_teacher_spec(resolved)
-    if resolved.teacher.is_dir():
-        check_inputs(resolved)
-    else:
-        typer.echo(f"{resolved.teacher}: {spec.shape.num_hidden_layers} layers; the job downloads it", err=True)
+    with _naming(recipe):
+        if resolved.teacher.is_dir():
+            _check_inputs(resolved)
+        else:
+            spec = load_teacher_spec(resolved)
+            typer.echo(f"{resolved.teacher}: {spec.shape.num_hidden_layers} layers; the job downloads it", err=True)
+
+
+def _check_inputs(resolved: "Recipe") -> None:
+    from swiftkv.distill.inputs import check_inputs  # torch and transformers are needed only here
+
+    check_inputs(resolved)
 
 
 def _check_resumed(run_folder: Path, address: str | None) -> None:

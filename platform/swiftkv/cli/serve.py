@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlsplit
 
 import typer
-import yaml
 from rich.console import Console
 
 from swiftkv.cluster import Cluster, Tls, find_cluster, is_loopback, read_tls, start_cluster, stop_cluster
-from swiftkv.config import parse_settings
+from swiftkv.config import parse_settings, read_yaml
 from swiftkv.engine.compiler import EAGER_REASON
 from swiftkv.errors import ClusterError, ConfigError
 
@@ -48,11 +47,13 @@ def serve(
     """Serve a model, or what a Serve config file says, until Ctrl-C."""
     from swiftkv.serving.checks import check_model
     from swiftkv.serving.config import ServeSettings
-    from swiftkv.serving.deploy import deploy, deploy_config
+    from swiftkv.serving.deploy import check_port, deploy, deploy_config
     from swiftkv.serving.source import resolve_model
 
     if model.endswith((".yaml", ".yml")):
         config = read_serve_config(Path(model))
+        if find_cluster() is None:  # one that is there may serve on the port already
+            check_port((config.get("http_options") or {}).get("port", 8000), f"{model}: http_options.port")
         tls = read_tls(config.get("http_options") or {}, model)
         run(
             lambda cluster, report: _describe_config(config, deploy_config(cluster, config, report)),
@@ -81,6 +82,8 @@ def serve(
         typer.echo(f"engine: {EAGER_REASON}", err=True)
     resolved = resolve_model(settings)  # a wrong name must not wait for a cluster
     check_model(resolved, "swiftkv serve")
+    if find_cluster() is None:
+        check_port(resolved.port, "--port")
     run(lambda cluster, report: _describe_model(deploy(cluster, resolved, report)), detach, Console())
 
 
@@ -130,12 +133,7 @@ def read_serve_config(path: Path) -> dict[str, Any]:
     """
     from swiftkv.serving.checks import check_config
 
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}.") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not YAML: {error}") from error
+    config = read_yaml(path)
     if not isinstance(config, dict) or not config.get("applications"):
         raise ConfigError(f"{path}: no Serve config; it needs `applications` (see deployments/serve).")
     check_config(config, str(path))  # a wrong setting must not wait for a cluster

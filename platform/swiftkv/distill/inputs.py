@@ -13,10 +13,10 @@ from typing import Any
 
 from swiftkv.distill.recipe import Recipe, SourceSettings
 from swiftkv.distill.sources import Document, load_source
+from swiftkv.distill.teachers import load_teacher_spec
 from swiftkv.distill.tokenise import check_tokenizer, tokenise_documents
 from swiftkv.errors import ConfigError, DataError
 from swiftkv.model.checkpoint import load_tokenizer, read_config
-from swiftkv.model.convert import resolve_cut
 from swiftkv.spec import SwiftKVSpec
 
 _NUM_FIRST_DOCUMENTS = 16
@@ -29,13 +29,7 @@ def check_inputs(recipe: Recipe) -> SwiftKVSpec:
     Raises: CheckpointError if the teacher cannot be used; ConfigError if the cut, the rows or the tokenizer do not fit
     it; DataError if documents are missing or cannot be used.
     """
-    spec = resolve_cut(recipe.teacher, recipe.cut.num_key_value_layers, recipe.cut.key_value_group_size)
-    if not spec.num_later_layers:
-        raise ConfigError(
-            f"cut.num_key_value_layers is {spec.num_key_value_layers}, all of the teacher's layers: nothing would be "
-            "skipped or trained. Choose fewer."
-        )
-    _check_rows(recipe)
+    spec = load_teacher_spec(recipe)
     tokenizer = load_tokenizer(recipe.teacher)
     _check_vocabulary(recipe.teacher, tokenizer)
     if recipe.report.wandb_project and importlib.util.find_spec("wandb") is None:
@@ -65,20 +59,6 @@ def check_storage(storage: str) -> None:
             f"{storage}: checkpoints cannot be stored there ({reason}). Check checkpoints.storage, its credentials and "
             "the network."
         ) from None
-
-
-def _check_rows(recipe: Recipe) -> None:
-    row_tokens, rows_per_step = recipe.data.row_tokens, recipe.training.rows_per_step
-    context = int(read_config(recipe.teacher).get("max_position_embeddings") or row_tokens)
-    if row_tokens > context:
-        raise ConfigError(
-            f"data.row_tokens is {row_tokens}, but the teacher's context is {context} tokens: give at most that."
-        )
-    if rows_per_step < recipe.workers.num_workers:
-        raise ConfigError(
-            f"training.rows_per_step is {rows_per_step}, fewer than workers.num_workers "
-            f"({recipe.workers.num_workers}): some workers would have nothing to do. Give at least a row for each."
-        )
 
 
 def _check_vocabulary(teacher: Path, tokenizer: Any) -> None:

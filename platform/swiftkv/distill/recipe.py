@@ -83,7 +83,7 @@ class TrainingSettings(StrictModel):
     all."""
     activation_checkpointing: bool = False
     """Compute the student's later layers again in the backward pass instead of keeping their activations."""
-    learning_rate: float = Field(default=2e-4, gt=0)
+    learning_rate: float = Field(default=2e-4, gt=0, le=1)
     """Peak of the schedule: linear warm-up, then linear decay to zero. The default is the published recipes'."""
     warmup_frac: float = Field(default=0.05, ge=0, le=1)
     """Part of the steps spent warming up."""
@@ -135,7 +135,10 @@ class WorkerSettings(StrictModel):
     @model_validator(mode="after")
     def _order(self) -> "WorkerSettings":
         if self.min_workers is not None and self.min_workers > self.num_workers:
-            raise ValueError(f"min_workers is {self.min_workers}, more than num_workers ({self.num_workers})")
+            raise ValueError(
+                f"min_workers is {self.min_workers}, more than num_workers ({self.num_workers}); lower it or raise the "
+                "other"
+            )
         return self
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from swiftkv.distill.recipe import Recipe
-from swiftkv.errors import CheckpointError
+from swiftkv.errors import CheckpointError, ConfigError
 from swiftkv.families import find_teacher_family
 from swiftkv.hub import download_config, find_model_folder
 from swiftkv.spec import SwiftKVSpec
@@ -50,19 +50,44 @@ def load_teacher_spec(recipe: Recipe, config: Mapping[str, Any] | None = None) -
     """What the recipe makes of its teacher, from the config.json of a folder or of the hub; loads no weights.
 
     `config`: what `load_teacher_config` gave, if it was asked before.
-    Raises: CheckpointError for a teacher that is not found, or of no known family; ConfigError for a cut that does
-    not fit it.
+    Raises: CheckpointError for a teacher that is not found, or of no known family; ConfigError for a cut or rows that
+    do not fit it.
     """
     cut = recipe.cut
     if recipe.teacher.is_dir():
+        from swiftkv.model.checkpoint import read_config  # torch is needed for folders only
         from swiftkv.model.convert import resolve_cut
 
+        _check_fit(recipe, read_config(recipe.teacher))
         return resolve_cut(recipe.teacher, cut.num_key_value_layers, cut.key_value_group_size)
     config = load_teacher_config(recipe.teacher) if config is None else config
     find_teacher_family(config.get("model_type"))
+    _check_fit(recipe, config)
     kept = cut.num_key_value_layers or -(-int(config.get("num_hidden_layers") or 0) // 2)
     chosen = {"num_key_value_layers": kept, "key_value_group_size": cut.key_value_group_size}
     return SwiftKVSpec.from_hf_config({**config, **chosen})
+
+
+def _check_fit(recipe: Recipe, config: Mapping[str, Any]) -> None:
+    """Raises: ConfigError for a cut that leaves nothing to train, or rows that do not fit teacher or workers."""
+    layers = int(config.get("num_hidden_layers") or 0)
+    kept = recipe.cut.num_key_value_layers or -(-layers // 2)
+    if 0 < layers <= kept:
+        raise ConfigError(
+            f"cut.num_key_value_layers is {kept}, and the teacher has {layers} layers: nothing would be skipped or "
+            f"trained. Choose fewer than {layers}; {-(-layers // 2)}, half of them, is usual."
+        )
+    row_tokens, rows_per_step = recipe.data.row_tokens, recipe.training.rows_per_step
+    context = int(config.get("max_position_embeddings") or row_tokens)
+    if row_tokens > context:
+        raise ConfigError(
+            f"data.row_tokens is {row_tokens}, but the teacher's context is {context} tokens: give at most that."
+        )
+    if rows_per_step < recipe.workers.num_workers:
+        raise ConfigError(
+            f"training.rows_per_step is {rows_per_step}, fewer than workers.num_workers "
+            f"({recipe.workers.num_workers}): some workers would have nothing to do. Give at least a row for each."
+        )
 
 
 def load_teacher_config(teacher: Path) -> dict[str, Any]:

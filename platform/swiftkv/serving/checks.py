@@ -8,7 +8,7 @@ gateway/tenants.py, registry/storage.py.
 
 import difflib
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from swiftkv.errors import CheckpointError, ConfigError, RegistryError
 from swiftkv.serving.config import ModelSettings, PairedPool, PairSettings, PoolSettings
 from swiftkv.serving.exposure import ADD_GATEWAY, ADD_TENANTS, check_address
 from swiftkv.serving.gateway.settings import GatewaySettings
-from swiftkv.serving.gateway.tenants import load_tenants
+from swiftkv.serving.gateway.tenants import Tenant, load_tenants
 from swiftkv.serving.hardware import (
     CPU,
     GPU_BYTES,
@@ -71,6 +71,7 @@ def check_config(config: Mapping[str, Any], source: str) -> None:
     Raises: ConfigError naming `source`, the application, what is wrong and the nearest that works.
     """
     applications = check_applications(config["applications"], source)
+    _check_keys(config, source)
     check_endpoint(config, applications, source)
     for name, settings in applications.items():
         if isinstance(settings, PoolSettings | PairSettings):
@@ -93,6 +94,7 @@ def check_applications(entries: Sequence[Any], source: str) -> Applications:
         if entry["name"] in names:
             raise ConfigError(f"{source}: two applications are named {entry['name']}; give each its own name.")
         names.append(entry["name"])
+        _check_ours(str(entry.get("import_path", "")), SETTINGS, f"{source}: application {entry['name']}: import_path")
         if settings_class := SETTINGS.get(entry.get("import_path", "")):
             place = f"{source}: application {entry['name']}"
             applications[entry["name"]] = parse_settings(entry.get("args") or {}, settings_class, place)
@@ -176,6 +178,28 @@ def _split(name: str, settings: StrictModel) -> Iterator[Pool]:
             yield Pool(f"{name}, {kind}", f"{kind}.min_replicas", pool.min_replicas, engine, pool)
 
 
+def _check_keys(config: Mapping[str, Any], source: str) -> None:
+    """Serve takes keys that it does not know, and does nothing with them: a misspelt one would only be missing."""
+    from ray.serve.schema import HTTPOptionsSchema, ServeApplicationSchema, ServeDeploySchema
+
+    places: list[tuple[str, Mapping[str, Any], Any]] = [("", config, ServeDeploySchema)]
+    places.append(("http_options.", config.get("http_options") or {}, HTTPOptionsSchema))
+    places += [(f"application {each['name']}: ", each, ServeApplicationSchema) for each in config["applications"]]
+    for place, values, schema in places:
+        for key in values:
+            if key not in schema.model_fields:
+                allowed = ", ".join(sorted(schema.model_fields))
+                nearest = difflib.get_close_matches(str(key), schema.model_fields, n=1, cutoff=0.0)[0]
+                raise ConfigError(f"{source}: {place}{key}: unknown key. Nearest: {nearest}. Allowed here: {allowed}.")
+
+
+def _check_ours(path: str, known: Collection[str], place: str) -> None:
+    """Raises: ConfigError for an import path of ours that is none; others' are Serve's to import."""
+    if path.startswith("swiftkv.serving.") and path not in known:
+        nearest = difflib.get_close_matches(path, known, n=1, cutoff=0.0)[0]
+        raise ConfigError(f"{place} is {path}, which is not there. Nearest: {nearest}.")
+
+
 def _check_gateway(settings: GatewaySettings, names: Sequence[str], place: str) -> None:
     routed = {route.application for model in settings.models.values() for route in model.routes}
     if missing := sorted(routed - set(names)):
@@ -184,9 +208,20 @@ def _check_gateway(settings: GatewaySettings, names: Sequence[str], place: str) 
         raise ConfigError(f"{place}: routes name {', '.join(missing)}, which this file does not have.{hint}")
     try:
         if settings.tenants_file is not None:
-            load_tenants(Path(settings.tenants_file))
+            tenants = load_tenants(Path(settings.tenants_file)).values()
+            _check_models(settings, {tenant.name: tenant for tenant in tenants}.values())
     except ConfigError as error:
         raise ConfigError(f"{place}: tenants_file: {error}") from None
+
+
+def _check_models(settings: GatewaySettings, tenants: Iterable[Tenant]) -> None:
+    for tenant in tenants:
+        if unknown := sorted(set(tenant.models or []) - set(settings.models)):
+            nearest = difflib.get_close_matches(unknown[0], settings.models, n=1, cutoff=0.0)[0]
+            raise ConfigError(
+                f"{settings.tenants_file}: tenant {tenant.name}: models name {unknown[0]}, which this gateway does not "
+                f"have. Nearest: {nearest}."
+            )
 
 
 def _check_rollout(settings: RolloutSettings, applications: Applications, place: str) -> Applications:
@@ -199,8 +234,9 @@ def _check_rollout(settings: RolloutSettings, applications: Applications, place:
         )
     if gateway.models[settings.served_id].routes:
         raise ConfigError(
-            f"{place}: {settings.gateway} has routes for {settings.served_id}; remove them: it sets them."
+            f"{place}: {settings.gateway} has routes for {settings.served_id}; remove them: the rollout sets them."
         )
+    _check_ours(settings.version.import_path, SETTINGS, f"{place}: version.import_path")
     settings_class = SETTINGS.get(settings.version.import_path)
     if settings_class is None:
         return {}

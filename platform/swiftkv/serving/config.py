@@ -167,7 +167,10 @@ class PairedPool(StrictModel):
     @model_validator(mode="after")
     def _check(self) -> "PairedPool":
         if self.max_replicas < self.min_replicas:
-            raise ValueError(f"max_replicas ({self.max_replicas}) is less than min_replicas ({self.min_replicas})")
+            raise ValueError(
+                f"max_replicas ({self.max_replicas}) is less than min_replicas ({self.min_replicas}); raise it or "
+                "lower the other"
+            )
         if (self.engine.role, self.engine.kv_transfer) != ("full", "none"):
             raise ValueError("engine.role and engine.kv_transfer are set by the pool; leave them out")
         check_engine(self.hardware, self.engine)

@@ -60,7 +60,7 @@ def deploy(cluster: Cluster, settings: ServeSettings, on_progress: Progress = la
         # As its replicas do; but here it may take as long as it takes, and START_TIMEOUT_S is for engines.
         _in_use.append(fetch_version(settings.published, with_weights=not settings.stream))
     client = connect(cluster)
-    _check_endpoint(client, settings.host, settings.port, is_here=True)
+    _check_endpoint(client, settings.host, settings.port, "--port", is_here=True)
     _check_tls(cluster, None)
     _check_resources(cluster, {APPLICATION: settings})
     on_progress("building the application")
@@ -84,7 +84,7 @@ def deploy_config(cluster: AnyCluster, config: dict[str, Any], on_progress: Prog
     options = dict(config.get("http_options") or {})
     host, port = options.get("host", "127.0.0.1"), options.get("port", 8000)
     tls = read_tls(options, "http_options")
-    _check_endpoint(client, host, port, is_here=isinstance(cluster, Cluster))
+    _check_endpoint(client, host, port, "http_options.port", is_here=isinstance(cluster, Cluster))
     _check_tls(cluster, tls)
     if tls is not None and find_haproxy():
         # HAProxy has it. In the options it would make the replicas behind speak TLS too, which HAProxy does not expect.
@@ -139,7 +139,13 @@ def connect(cluster: AnyCluster) -> Any:
         raise ClusterError(f"the cluster at {cluster.dashboard_url} does not answer: {error}") from error
 
 
-def _check_endpoint(client: Any, host: str, port: int, is_here: bool) -> None:
+def check_port(port: int, place: str) -> None:
+    """Raises: ConfigError naming `place`, where it is set, if another program of this machine has the port."""
+    if not is_port_free(port):
+        raise ConfigError(f"{place} is {port}, which another program has. Choose another port, or end that program.")
+
+
+def _check_endpoint(client: Any, host: str, port: int, place: str, is_here: bool) -> None:
     bound = client.get_serve_details().get("http_options") or {}
     if bound.get("port"):
         if (bound["host"], bound["port"]) != (host, port):
@@ -147,8 +153,8 @@ def _check_endpoint(client: Any, host: str, port: int, is_here: bool) -> None:
                 f"this cluster already serves on {bound['host']}:{bound['port']} and cannot move to "
                 f"{host}:{port}. Use that port, or stop the cluster with `swiftkv down` first."
             )
-    elif is_here and not is_port_free(port):
-        raise ConfigError(f"port {port} is taken by another program. Choose another with --port.")
+    elif is_here:
+        check_port(port, place)
 
 
 def _check_tls(cluster: AnyCluster, tls: Tls | None) -> None:

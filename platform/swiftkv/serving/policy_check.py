@@ -35,7 +35,14 @@ def check_policy(policy: Any, pair: PairSettings, place: str) -> None:
             f"{place}: {open_ones[0]} has {pool.min_replicas} to {pool.max_replicas} replicas, and no policy chooses. "
             f"Make min_replicas and max_replicas equal, or add one:\n{_EXAMPLE}"
         )
-    if not isinstance(policy, dict) or policy.get("policy_function") != POLICY:
+    if not isinstance(policy, dict):
+        return
+    named = policy.get("policy_function")
+    if named != POLICY:
+        if str(named).startswith("swiftkv.serving."):
+            raise ConfigError(
+                f"{place}: autoscaling_policy.policy_function is {named}, which is not there. Nearest: {POLICY}."
+            )
         return
     if not open_ones:
         raise ConfigError(

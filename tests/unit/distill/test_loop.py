@@ -120,12 +120,12 @@ def test_a_saved_recipe_is_the_recipe(recipe: Recipe, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("training.stepz", "3", r"training.stepz: unknown key. Allowed here: .*steps"),
+        ("training.stepz", "3", r"training.stepz: unknown key. Nearest: steps. Allowed here: .*steps"),
         ("training.steps", "0", "training.steps: .*greater than or equal to 1.*given: 0"),
         ("workers.min_workers", "3", r"min_workers is 3, more than num_workers \(2\)"),
         ("data.train", "[{format: chat}]", r"data.train.0: give `name` .* or `files`, and not both"),
         ("teacher.name", "x", "teacher is not a section"),
-        ("cut.key_value_group_size", "two", "valid integer"),
+        ("cut.key_value_group_size", "two", "should be a whole number"),
     ],
 )
 def test_wrong_recipes_say_what_is_allowed(recipe: Recipe, tmp_path: Path, key: str, value: str, message: str) -> None:

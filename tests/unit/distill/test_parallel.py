@@ -88,7 +88,9 @@ def test_a_run_that_is_asked_to_stop_saves_its_next_step(
 
 
 def test_a_loss_that_is_not_a_number_ends_the_run_before_the_weights_move(teacher: Path, tmp_path: Path) -> None:
-    recipe = build_recipe(teacher, learning_rate=1e30)
+    recipe = build_recipe(teacher)
+    training = recipe.training.model_copy(update={"learning_rate": 1e30})  # which no recipe may have
+    recipe = recipe.model_copy(update={"training": training})
     found = run(recipe, Place(), tmp_path, None, None)
     assert found["ending"].kind == "diverged"
     assert len(found["curve"]) == found["ending"].steps_done < STEPS

@@ -132,7 +132,7 @@ def test_a_family_that_is_not_in_the_table_is_refused(swiftkv, make_checkpoint):
         (
             "p.json",
             '{"teachers": {}}',
-            "teachers: unknown key. Allowed here: data, evaluation, recipe, teacher, training",
+            "teachers: unknown key. Nearest: teacher. Allowed here: data, evaluation, recipe, teacher, training",
         ),
         ("p.yaml", "teacher: 3", "teacher"),
     ],

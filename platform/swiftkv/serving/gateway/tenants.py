@@ -6,11 +6,12 @@ Called by: gateway/routes.py. Calls: gateway/keys.py, config.
 
 import logging
 import os
+import re
 import time
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from swiftkv.config import StrictModel, load_yaml
 from swiftkv.errors import ConfigError
@@ -32,7 +33,7 @@ class Tenant(StrictModel):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
     """In logs and as the label of metrics."""
 
-    key_sha256: list[Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]] = Field(default=[])
+    key_sha256: list[str] = Field(default=[], repr=False)  # a key may stand there by mistake: it is never shown
     """SHA-256 of each of its keys, hexadecimal (`swiftkv key` makes one). Several, so that a key can be replaced
     without a gap."""
 
@@ -50,6 +51,16 @@ class Tenant(StrictModel):
 
     weight: float = Field(default=1, gt=0, allow_inf_nan=False)
     """Share of tokens within its class while others of the class wait too."""
+
+    @field_validator("key_sha256")
+    @classmethod
+    def _check_hashes(cls, given: list[str]) -> list[str]:
+        if not all(re.fullmatch(r"[0-9a-f]{64}", digest) for digest in given):
+            raise ValueError(
+                "one is no SHA-256 of 64 hexadecimal digits. `swiftkv key` makes a key and shows its hash: the hash "
+                "belongs here, the key itself nowhere but to its tenant"
+            )
+        return given
 
     def may_use(self, model: str) -> bool:
         """Whether the model is one of its own."""

@@ -48,7 +48,7 @@ class RolloutSettings(StrictModel):
     """One model's versions, as an alias names them."""
 
     model: str = Field(min_length=1, pattern=r"^[^@/]+$")
-    """Its name in the registry."""
+    """Its name in the registry, without @: `alias` says which version is served."""
 
     alias: str = "production"
     """The word whose version is served."""

@@ -24,9 +24,9 @@ CHARGE = Decimal("0.00000261")
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"prompt": -0.1}, "prices.prompt: Input should be greater than or equal to 0"),
-        ({"cached": float("nan")}, "prices.cached: Input should be a finite number"),
-        ({"completion": float("inf")}, "prices.completion: Input should be a finite number"),
+        ({"prompt": -0.1}, "prices.prompt: should be greater than or equal to 0"),
+        ({"cached": float("nan")}, "prices.cached: should be a finite number"),
+        ({"completion": float("inf")}, "prices.completion: should be a finite number"),
         ({"completion": 1e12}, "prices.completion: .*digits"),
         ({"prompt": 0.0000001}, "prices.prompt: .*decimal places"),
         ({"currency": "usd"}, "prices.currency"),

@@ -103,7 +103,6 @@ def test_file_is_looked_at_once_a_second(write, monkeypatch):
         ([{"name": "a", "key_sha256": ["0" * 64]}, {"name": "b", "key_sha256": ["0" * 64]}], "the same key"),
         ([{"name": "a"}, {"name": "a"}], "named twice: a"),
         ([{"name": "a b"}], "name"),
-        ([{"name": "a", "key_sha256": ["swk_plain"]}], "key_sha256"),
         ([{"name": "a", "weight": 0}], "weight"),
         ([{"name": "a", "priority": "high"}], "'interactive', 'standard' or 'batch'"),
         ([{"name": "a", "requests_per_minute": 0}], "requests_per_minute"),

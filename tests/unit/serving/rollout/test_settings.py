@@ -31,15 +31,13 @@ def test_shipped_file_is_right_and_the_version_it_starts_is_checked_too(entries)
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda rollout, gateway: rollout.update(gateway="door"), "no gateway of this file"),
         (lambda rollout, gateway: rollout.update(model_id="tiny"), "no gateway of this file with a model tiny"),
-        (lambda rollout, gateway: rollout["version"]["args"].update(prefil={}), "version:\n  prefil: unknown key"),
-        (lambda rollout, gateway: rollout.update(share_frac=1), "share_frac"),
-        (lambda rollout, gateway: gateway["models"].update(other={}), "other has no routes, and no rollout"),
         (
-            lambda rollout, gateway: gateway["models"]["quickstart"].update(routes=[{"application": "rollout"}]),
-            "has routes for quickstart; remove them",
+            lambda rollout, gateway: rollout["version"].update(import_path="swiftkv.serving.app:build_pool"),
+            "version.import_path is swiftkv.serving.app:build_pool, which is not there. Nearest: swiftkv.",
         ),
+        (lambda rollout, gateway: rollout["version"]["args"].update(prefil={}), "version:\n  prefil: unknown key"),
+        (lambda rollout, gateway: gateway["models"].update(other={}), "other has no routes, and no rollout"),
     ],
 )
 def test_file_that_cannot_work_is_refused_with_what_is_wrong(entries, change, said):
