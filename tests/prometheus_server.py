@@ -1,6 +1,7 @@
 """A Prometheus server of a test's own, and what is asked of it. Called by: tests/integration."""
 
 import json
+import math
 import shutil
 import subprocess
 import time
@@ -109,10 +110,11 @@ def list_queries(board, titles):
     return [query.expr for panel in panels for query in panel.queries]
 
 
-def wait_for_answers(prometheus, queries, timeout_s=90):
-    """Until each has one, all at one moment."""
+def wait_for_answers(prometheus, queries, timeout_s=90, finite=False):
+    """Until each has one, all at one moment; `finite`: one that can be drawn, which a quantile of nothing cannot."""
     deadline = time.monotonic() + timeout_s
-    while empty := [expr for expr in queries if not prometheus.query(fill_in(expr, 300))]:
+    test = math.isfinite if finite else lambda value: True
+    while empty := [expr for expr in queries if not any(map(test, prometheus.query(fill_in(expr, 300)).values()))]:
         assert time.monotonic() < deadline, f"no series: {empty}"
         time.sleep(1)
 

@@ -23,6 +23,24 @@ class Block:
     language: str
     title: str
     text: str
+    heading: str = ""
+    """The one of second order that it stands below."""
+
+    @property
+    def kind(self) -> str:
+        """What the title says it is: `Recipe: runs/own/recipe.yaml` is a Recipe, to be saved as that file."""
+        return re.sub(r"(?:^|: )[\w./-]+/[\w.-]+$", "", self.title)
+
+    @property
+    def file(self) -> str:
+        """The path, from the checkout's folder on, as which a reader saves it; empty for what is not to be saved."""
+        return self.title.removeprefix(self.kind).removeprefix(": ")
+
+    def save(self, folder: Path) -> None:
+        """As the reader does."""
+        path = folder / self.file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(self.text, encoding="utf-8")
 
     @property
     def place(self) -> str:
@@ -45,16 +63,18 @@ def list_written_pages() -> list[Path]:
 
 def find_blocks(page: Path) -> Iterator[Block]:
     """The page's blocks between fences."""
-    fence, start, lines = None, 0, []
+    fence, start, lines, heading = None, 0, [], ""
     for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), start=1):
         if fence is None and (match := re.match(r"^(```+)(\w*)(.*)$", line)):
             fence, start, lines = match, number, []
         elif fence is not None and line.strip() == fence[1]:
             title = re.search(r'title="([^"]*)"', fence[3])
-            yield Block(page, start, fence[2], title[1] if title else "", "\n".join(lines) + "\n")
+            yield Block(page, start, fence[2], title[1] if title else "", "\n".join(lines) + "\n", heading)
             fence = None
         elif fence is not None:
             lines.append(line)
+        elif line.startswith("## "):
+            heading = line.removeprefix("## ")
     assert fence is None, f"{page}:{start}: the block does not end"
 
 

@@ -30,7 +30,8 @@ def build_rows(tokenizer: Any, files: list[Path], text_column: str, row_tokens: 
     documents = [
         np.asarray([*ids, end_token], dtype=np.int32)
         for batch in _batched(read_texts(files, text_column), _DOCUMENTS_PER_BATCH)
-        for ids in tokenizer(batch, add_special_tokens=False)["input_ids"]
+        # Not verbose: a document longer than the model's context is nothing to warn of, for rows are not.
+        for ids in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
     ]
     tokens = np.concatenate(documents) if documents else np.empty(0, dtype=np.int32)
     num_rows = len(tokens) // row_tokens

@@ -34,8 +34,11 @@ BLOCKS = [block for page in list_pages() for block in find_blocks(page)]
 COMMAND = typer.main.get_command(app)
 TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
 FOLDERS = "jobs|deployments|dashboards|examples|scripts|tests|requirements|docs|platform"
-OTHERS = {"curl", "git", "pipx", "pre-commit", "prometheus", "promtool", "ray", "serve", "source", "sudo"}
+OTHERS = {"aws", "curl", "git", "moto_server", "pipx", "pre-commit", "prometheus", "promtool", "ray", "serve", "sudo"}
+OTHERS |= {"export", "kill", "mkdir", "sed", "sleep", "source", "wait"}
 """Programs that are not ours, of which only the files that they name are looked at."""
+SAVED = {block.file for block in BLOCKS}
+"""Files that a page tells its reader to save."""
 
 
 def of_language(*languages: str) -> list[Any]:
@@ -73,7 +76,9 @@ def split_commands(text: str) -> Iterator[list[str]]:
     """Words of each command. `swiftkv models list | show NAME` is a list of choices, as the README writes them."""
     for line in textwrap.dedent(text).replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
-        while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
+        for inner in re.findall(r"\$\((swiftkv [^()]*)\)", " ".join(words)):
+            yield inner.split()
+        while words and re.fullmatch(r"\w+=.*", words[0]):
             words = words[1:]
         if not words:
             continue
@@ -99,7 +104,7 @@ def check_command(words: list[str]) -> None:
             assert word in TARGETS or re.fullmatch(r"[A-Z]+=.*", word), f"make {word}: no such target"
     elif program.endswith("python"):
         script = arguments[0]
-        assert script == "-m" or (ROOT / script).is_file(), f"{script}: no such file"
+        assert script == "-m" or script in SAVED or (ROOT / script).is_file(), f"{script}: no such file"
     else:
         assert program in {*OTHERS, "apt", "pip", "pytest"}, f"{program}: is that a command?"
     for word in arguments:
@@ -130,6 +135,7 @@ def check_swiftkv(arguments: list[str]) -> None:
         "swiftkv models list | shows NAME",
         "make no-such-target",
         "python scripts/no_such_script.py",
+        'key="$(swiftkv keys)"',
         "serve deploy deployments/serve/no-such-config.yaml",
         "swiftvk serve quickstart",
     ],
@@ -144,9 +150,14 @@ def test_what_does_not_exist_is_found(line: str) -> None:
 
 
 @pytest.mark.parametrize("block", of_language("yaml"))
-def test_configs_are_valid(block: Block) -> None:
-    assert block.title in CHECKS, f'title="{block.title}" must be one of {", ".join(CHECKS)}'
-    CHECKS[block.title](yaml.safe_load(block.text))
+def test_configs_are_valid(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for other in find_blocks(block.page):  # a config names files that the page has saved before
+        if other.file:
+            other.save(tmp_path)
+    kinds = ", ".join(CHECKS)
+    assert block.kind in CHECKS, f'title="{block.title}" must be one of {kinds}, or one of them, ": " and a file'
+    CHECKS[block.kind](yaml.safe_load(block.text))
 
 
 def check_part_of_recipe(values: Any) -> None:
@@ -179,7 +190,7 @@ CHECKS: dict[str, Callable[[Any], object]] = {
     "Tenants file": lambda values: parse_settings(values, TenantsFile, "the sample"),
     "Gate": lambda values: parse_settings(values, Gate, "the sample"),
 }
-"""By the title of the block."""
+"""By the title of the block, or by what stands there before the file as which the reader saves it."""
 
 
 # Python.

@@ -11,12 +11,14 @@ from pathlib import Path
 
 import psutil
 import pytest
+import yaml
 
 from swiftkv import cluster as clusters
 from swiftkv.cluster import Cluster, choose_ports, find_cluster, find_processes, lifecycle, start_cluster, stop_cluster
 from swiftkv.errors import ClusterError
 from swiftkv.jobs import follow_job, submit_job
 
+PROMETHEUS = Path(__file__).resolve().parents[2] / "dashboards" / "prometheus"
 ELSEWHERE = "192.0.2.1:6379"  # an address that no machine has
 
 
@@ -118,12 +120,26 @@ def test_start_that_fails_shows_ray_s_log_and_leaves_nothing(tmp_path, monkeypat
         start_cluster(object_store_bytes=1)
     assert find_cluster() is None
     assert not folders[0].exists()
+    assert not [path.name for path in tmp_path.iterdir() if path.suffix == ".json"]
 
 
 @pytest.mark.cluster
 def test_running_cluster_is_found(cluster):
     assert find_cluster() == cluster
     assert cluster.token_path.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.cluster
+def test_endpoints_of_metrics_are_where_the_shipped_prometheus_looks(cluster, our_home):
+    config = yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text())
+    (found,) = config["scrape_configs"][0]["file_sd_configs"]
+    in_checkout = [(PROMETHEUS / name).resolve() for name in found["files"] if not name.startswith("/")]
+    link = our_home / lifecycle._METRICS_LINK
+    assert in_checkout == [PROMETHEUS.parents[1] / ".swiftkv" / link.name]
+    wait_for(
+        lambda: link.is_file() and json.loads(link.read_text())[0]["targets"]
+    )  # Ray writes it anew every few seconds
+    assert link.resolve() == cluster.metrics_path
 
 
 @pytest.mark.cluster

@@ -5,6 +5,7 @@ Called by: cli/main.py. Calls: registry/registry.py.
 """
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -178,7 +179,13 @@ def _describe_base(base: "Base", own_bytes: int) -> str:
 
 def _describe_evaluations(manifest: "Manifest", records: "list[EvaluationRecord]") -> dict[str, Any]:
     """What was measured before publishing, and after it, newest last."""
+    from pydantic import ValidationError
+
+    from swiftkv.registry.evaluations import GateResult
+
     values: dict[str, Any] = dict(manifest.evaluation or {})
+    with suppress(KeyError, ValidationError):  # whoever publishes may put anything into a provenance
+        values["gate"] = _describe_gate(GateResult.model_validate(values["gate"]))
     for record in records:
         when = f"{record.evaluated_at:%Y-%m-%d %H:%M:%S}"
         gate = {} if record.gate is None else {"gate": _describe_gate(record.gate)}

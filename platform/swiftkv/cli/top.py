@@ -49,7 +49,7 @@ def _find_discovery() -> Path:
     cluster = find_cluster()
     if cluster is None:
         raise ClusterError("no cluster of this folder runs. Start one (swiftkv serve), or name another's --discovery.")
-    return cluster.folder / "r" / "prom_metrics_service_discovery.json"
+    return cluster.metrics_path
 
 
 def _look(discovery: Path) -> Look:

@@ -33,6 +33,10 @@ START_TIMEOUT_S = 90.0
 # Unix socket paths end at 107 bytes and Ray and HAProxy put up to 72 of their own below the folder.
 _MAX_TEMPORARY_FOLDER_BYTES = 22
 
+_METRICS_LINK = "metrics_endpoints.json"
+"""In the local state, where dashboards/prometheus/prometheus.yml looks: a cluster's own folder has another name each
+time."""
+
 # A request passes three replicas and would change threads several times in each; nothing of ours blocks the loop. Over
 # gRPC replicas reach each other without Ray's workers between them, and notice when the other one has died.
 SHORT_WAY = {
@@ -69,6 +73,11 @@ class Cluster(StrictModel):
     def token_path(self) -> Path:
         """The file, readable by its owner only, with the token that every client must send."""
         return self.folder / "token"
+
+    @property
+    def metrics_path(self) -> Path:
+        """The file in which Ray's head keeps the endpoints of metrics, for Prometheus."""
+        return _ray_folder(self.folder) / "prom_metrics_service_discovery.json"
 
     def headers(self) -> dict[str, str]:
         """What a request to the dashboard must carry."""
@@ -145,6 +154,7 @@ def stop_cluster(cluster: Cluster) -> None:
         raise ClusterError(f"could not end processes {[p.pid for p in left]} of the cluster in {cluster.folder}.")
     shutil.rmtree(cluster.folder, ignore_errors=True)
     if read_record() == cluster:
+        (home() / _METRICS_LINK).unlink(missing_ok=True)
         _record_path().unlink(missing_ok=True)
 
 
@@ -268,6 +278,9 @@ def _write_record(cluster: Cluster) -> None:
     partial = _record_path().with_suffix(".partial")
     partial.write_text(json.dumps(cluster.model_dump(mode="json"), indent=2) + "\n", encoding="utf-8")
     partial.replace(_record_path())  # nobody reads half a record
+    link = home() / _METRICS_LINK
+    link.unlink(missing_ok=True)
+    link.symlink_to(cluster.metrics_path)
 
 
 @contextmanager

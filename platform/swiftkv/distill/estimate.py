@@ -174,8 +174,8 @@ def format_estimate(estimate: RunEstimate) -> list[tuple[str, str]]:
         ("positions with loss", f"{estimate.answer_frac:.0%}"),
         (f"memory per {'GPU' if kind.is_gpu else 'worker'}", memory),
         *((f"  {part}", _format_bytes(size)) for part, size in estimate.memory_parts.items()),
-        ("FLOPs per step", f"{estimate.flops_per_step / 1e12:,.1f} TFLOP"),
-        *((f"  {part}", f"{flops / 1e12:,.1f} TFLOP") for part, flops in estimate.flops_parts.items()),
+        ("FLOPs per step", _format_flops(estimate.flops_per_step)),
+        *((f"  {part}", _format_flops(flops)) for part, flops in estimate.flops_parts.items()),
         ("tokens/s", f"{estimate.tokens_per_s:,.0f} ({assumed})"),
         ("tokens/s at the peak", f"{estimate.peak_tokens_per_s:,.0f}"),
         ("hours", f"{hours:,.2f} for {estimate.recipe.training.steps:,} steps ({peak_hours:,.2f} at the peak)"),
@@ -240,6 +240,10 @@ def _list_changes(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
 
 def _replace(recipe: Recipe, section: str, **values: object) -> Recipe:
     return recipe.model_copy(update={section: getattr(recipe, section).model_copy(update=values)})
+
+
+def _format_flops(flops: float) -> str:
+    return f"{flops / 1e12:,.1f} TFLOP" if flops >= 1e12 else f"{flops / 1e9:,.1f} GFLOP"
 
 
 def _format_bytes(size: float) -> str:

@@ -242,6 +242,9 @@ def test_the_table_calls_every_row_an_estimate() -> None:
     rows = dict(format_estimate(estimate))
     assert rows["trained parameters"] == "402.7 million, 5.0% of 8,030 million"
     assert "40% of h100-80gb's peak, an assumption" in rows["tokens/s"]
+    assert rows["FLOPs per step"].endswith(" TFLOP")
+    small = dict(format_estimate(estimate_run(build_recipe(), SPEC, "cpu-core")))
+    assert float(small["FLOPs per step"].removesuffix(" GFLOP").replace(",", "")) > 0
 
 
 def test_the_loss_has_the_tile_that_is_counted() -> None:

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from swiftkv.cli.main import app
 from swiftkv.errors import CheckpointError, ConfigError, IntegrityError, RegistryError
+from swiftkv.registry.measured import HASH_KEY, hash_student
 from swiftkv.registry.registry import Registry
 
 
@@ -93,6 +94,17 @@ def test_show_explains_origin_and_quality(swiftkv, checkpoint, tmp_path):
     assert rows["aliases"] == "best"
     assert "note [bold]" in shown and "[red]as is[/red]" in shown
     assert "model.safetensors" in shown
+
+
+def test_show_says_how_a_version_did_at_its_gate(swiftkv, checkpoint, tmp_path):
+    limit = {"limit": "kl_nats at most 0.05", "found": 0.0123456, "passed": True}
+    gate = {"gate": "held-out", "sha256": "0123456789abcdef", "passed": True, "limits": [limit]}
+    provenance = tmp_path / "provenance.json"
+    provenance.write_text(json.dumps({"evaluation": {"gate": gate, HASH_KEY: hash_student(checkpoint)}}))
+    swiftkv("publish", checkpoint, "--name", "tiny", "--provenance", provenance)
+    rows = [line.split() for line in swiftkv("models", "show", "tiny").splitlines()]
+    assert ["gate.held-out", "(01234567)", "passed"] in rows
+    assert ["gate.kl_nats", "at", "most", "0.05", "0.012346,", "passed"] in rows
 
 
 def test_show_says_what_was_not_recorded(swiftkv, checkpoint):
