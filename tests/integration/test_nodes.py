@@ -3,7 +3,6 @@
 Two raylets of one machine, each with a SWIFTKV_HOME of its own, as two machines have.
 """
 
-import shutil
 import subprocess
 import sys
 
@@ -16,7 +15,7 @@ from swiftkv.cluster import choose_ports, start_cluster, stop_cluster
 from swiftkv.cluster.processes import MARK
 from swiftkv.errors import EngineError
 from swiftkv.registry.registry import Registry
-from swiftkv.serving.deploy import deploy_config, undeploy
+from swiftkv.serving.deploy import deploy_config
 
 pytestmark = [pytest.mark.cluster, pytest.mark.engine]
 
@@ -72,18 +71,31 @@ def cluster(folder):
 
 
 @pytest.fixture(scope="module")
-def config(folder, student):
+def build_config(folder, student):
+    """A Serve config with an application of this name, whose replica only the node can have."""
     registry = Registry(folder / "store")
     registry.publish(student, "tiny")
     registry.set_alias("tiny", "production", "1")
     pool = {"model": "tiny@production", "store": registry.location, "engine": ENGINE, "num_cpus": NODE_CPUS}
-    application = {"name": "pool", "import_path": "swiftkv.serving.app:build_app", "args": pool}
     http = {"host": "127.0.0.1", "port": choose_ports(1)[0]}
-    return {"proxy_location": "HeadOnly", "http_options": http, "applications": [application]}
+
+    def build(name):
+        application = {"name": name, "import_path": "swiftkv.serving.app:build_app", "args": pool}
+        return {"proxy_location": "HeadOnly", "http_options": http, "applications": [application]}
+
+    return build
 
 
-def test_a_replica_answers_from_what_it_fetched_to_its_own_node(cluster, folder, student, config):
-    url = deploy_config(cluster, config)
+def test_a_replica_that_cannot_have_it_says_where_and_why(cluster, folder, build_config):
+    (folder / "second").mkdir(exist_ok=True)
+    (folder / "second" / "cache").touch()  # where a folder belongs
+    with pytest.raises(EngineError, match=r"node 127\.0\.0\.1 .* did not get tiny@1 of .*second/cache"):
+        deploy_config(cluster, build_config("refused"))
+    (folder / "second" / "cache").unlink()
+
+
+def test_a_replica_answers_from_what_it_fetched_to_its_own_node(cluster, folder, student, build_config):
+    url = deploy_config(cluster, build_config("answering"))
     body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 8, "temperature": 0}
     body |= {"ignore_eos": True, "return_token_ids": True}
     answer = httpx.post(f"{url}/completions", json=body, timeout=60).raise_for_status().json()
@@ -92,11 +104,3 @@ def test_a_replica_answers_from_what_it_fetched_to_its_own_node(cluster, folder,
     assert copy.is_relative_to(folder / "second")
     logs = (cluster.folder / "r").glob("session_*/logs/serve/replica_*")
     assert any("tiny@1 is verified in" in log.read_text() for log in logs)
-    undeploy(cluster)
-
-
-def test_a_replica_that_cannot_have_it_says_where_and_why(cluster, folder, config):
-    shutil.rmtree(folder / "second" / "cache")
-    (folder / "second" / "cache").touch()
-    with pytest.raises(EngineError, match=r"node 127\.0\.0\.1 .* did not get tiny@1 of .*second/cache"):
-        deploy_config(cluster, config)
