@@ -25,6 +25,8 @@ from setup import install_torch  # noqa: E402
 TARGET = Path("/opt/swiftkv")
 TOOLS = Path("/opt/tools")
 SBOM = Path("/opt/sbom.cdx.json")
+WHEELS = Path("/opt/wheels")
+"""Always the same: pip writes into the environment where a wheel came from."""
 
 PARTS = {"train": ["train"], "serve": ["train", "serve"]}
 """Of the lock, by image."""
@@ -62,10 +64,9 @@ def install_wheel() -> None:
     """This package as a wheel, the description of all that is installed, and bytecode that depends on no time."""
     venv.create(TOOLS, with_pip=True)
     install_locked(TOOLS / "bin" / "python", SOURCE / "requirements" / "image-tools.txt")
-    with tempfile.TemporaryDirectory() as folder:
-        run(TOOLS / "bin" / "hatchling", "build", "-t", "wheel", "-d", folder, cwd=SOURCE)
-        (wheel,) = Path(folder).glob("*.whl")
-        pip(TARGET / "bin" / "python", "--no-deps", "--no-index", str(wheel))
+    run(TOOLS / "bin" / "hatchling", "build", "-t", "wheel", "-d", str(WHEELS), cwd=SOURCE)
+    (wheel,) = WHEELS.glob("*.whl")
+    pip(TARGET / "bin" / "python", "--no-deps", "--no-index", str(wheel))
     run(TARGET / "bin" / "python", "-m", "pip", "uninstall", "--yes", "--quiet", "pip")
     describe(TARGET / "bin" / "python")
     remove_old_bytecode()
