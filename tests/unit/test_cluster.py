@@ -136,9 +136,8 @@ def test_endpoints_of_metrics_are_where_the_shipped_prometheus_looks(cluster, ou
     in_checkout = [(PROMETHEUS / name).resolve() for name in found["files"] if not name.startswith("/")]
     link = our_home / lifecycle._METRICS_LINK
     assert in_checkout == [PROMETHEUS.parents[1] / ".swiftkv" / link.name]
-    wait_for(
-        lambda: link.is_file() and json.loads(link.read_text())[0]["targets"]
-    )  # Ray writes it anew every few seconds
+    # Ray writes it anew every few seconds.
+    wait_for(lambda: link.is_file() and json.loads(link.read_text())[0]["targets"])
     assert link.resolve() == cluster.metrics_path
 
 
