@@ -25,7 +25,7 @@ from setup import install_torch  # noqa: E402
 TARGET = Path("/opt/swiftkv")
 TOOLS = Path("/opt/tools")
 SBOM = Path("/opt/sbom.cdx.json")
-WHEELS = Path("/opt/wheels")
+WHEELS = SOURCE / "dist"
 """Always the same: pip writes into the environment where a wheel came from."""
 
 PARTS = {"train": ["train"], "serve": ["train", "serve"]}
