@@ -1,6 +1,6 @@
 """A new user's walk: a fresh clone, the quickstart, then docs/tutorial.md from its first block to its last, as it is.
 
-In `make soak`, or alone: `python -m pytest tests/integration/test_walk.py`; half an hour on two cores. What
+In `make soak`, or alone: `python -m pytest -m soak tests/integration/test_walk.py`; half an hour, from nothing. What
 is committed is walked. To rehearse the page: SWIFTKV_WALK_CHECKOUT names a checkout in which `make quickstart` was run;
 its page is walked, and its runs/own is removed first. SWIFTKV_WALK_REPORT names a folder for the table of steps.
 """
